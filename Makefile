@@ -1,0 +1,49 @@
+# make demo   train a small CLIP on the embedded data set through the DeepSpeed launcher, and leave a report
+# make test   the fast tests (<= 15 minutes on 2 cores from nothing)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_DATA ?= data/demo
+DEMO_RUN ?= runs/demo
+DEMO_MINUTES ?= 5.5
+
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-all lint build env clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+	@command -v $(PYTHON) >/dev/null || { echo "python >= 3.10 is missing: apt-get install python3 python3-venv"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: apt-get install g++"; exit 1; }
+	@command -v git >/dev/null || { echo "git is missing: apt-get install git"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python >= 3.10 is needed: set PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja triton
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,eval,dev]'
+	@touch $@
+
+build: $(STAMP)
+	$(BIN)/fastclip build
+
+# Training on the embedded data set: every GPU where there are some, else two processes on the CPU.
+demo: $(STAMP)
+	@$(BIN)/fastclip data demo $(DEMO_DATA)
+	@$(BIN)/python -m fastclip.training.launch --recipe demo --data '$(DEMO_DATA)' --minutes $(DEMO_MINUTES) --out $(DEMO_RUN) $(DEMO_ARGS)
+	@$(BIN)/fastclip search "a red circle above a blue square" --checkpoint $(DEMO_RUN) --data $(DEMO_DATA)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-all: $(STAMP)
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastclip/*.so
