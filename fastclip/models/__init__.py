@@ -1,0 +1,21 @@
+"""The two encoders of CLIP, their configurations and their files."""
+
+from fastclip.models.checkpoint import LoadedModel, load_checkpoint, resolve_checkpoint, save_model
+from fastclip.models.clip import CLIP
+from fastclip.models.config import CLIPConfig, TextConfig, VisionConfig
+from fastclip.models.factory import create_model
+from fastclip.models.presets import PRESETS, get_config
+
+__all__ = [
+    "CLIP",
+    "PRESETS",
+    "CLIPConfig",
+    "LoadedModel",
+    "TextConfig",
+    "VisionConfig",
+    "create_model",
+    "get_config",
+    "load_checkpoint",
+    "resolve_checkpoint",
+    "save_model",
+]
