@@ -1,0 +1,99 @@
+"""The specification of the contrastive block: plain PyTorch on any device, exact in fp64, O(N) memory by chunks of
+rows.
+
+With z_ij = logit_scale * image_i . text_j and the positive of row i in column offset + i, everything else being a
+negative:
+
+    row_max_i = max_{j negative for i} z_ij        row_log_sum_i = log sum_{j negative for i} exp(z_ij - row_max_i)
+
+and the same for columns. Leaving the positive out is what keeps a converged batch exact: the loss of row i is
+softplus(row_lse_i - z_ip), whose value and gradient keep their relative accuracy however small they are, while a
+log-sum-exp over all columns less z_ip cancels.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastclip.ops.contrastive_loss.types import Statistics
+
+CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def split_positives(logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """(positives (n,), negatives (n, M)): the negatives are `logits` with -inf in column offset + i of row i, in
+    place."""
+    positive = logits.diagonal(offset).clone()
+    logits.diagonal(offset).fill_(-torch.inf)
+    return positive, logits
+
+
+def max_and_log_sum(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(max, log sum exp(z - max)) over `dim`; both -inf where all are."""
+    highest = logits.amax(dim, keepdim=True)
+    anchored = logits - highest.masked_fill(highest == -torch.inf, 0)
+    return highest.squeeze(dim), anchored.exp_().sum(dim).log_()
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(max, log_sum) of two sets from those of each."""
+    highest = torch.maximum(a[0], b[0])
+    anchor = highest.masked_fill(highest == -torch.inf, 0)
+    return highest, torch.logaddexp(a[0] - anchor + a[1], b[0] - anchor + b[1])
+
+
+def d_negative_logits(logits: Tensor, row_lse: Tensor, col_lse: Tensor, d_row_lse: Tensor, d_col_lse: Tensor) -> Tensor:
+    """dz_ij = d_row_lse_i exp(z_ij - row_lse_i) + d_col_lse_j exp(z_ij - col_lse_j), zero where z is -inf; (n, M)."""
+    return d_row_lse[:, None] * (logits - row_lse[:, None]).exp_() + d_col_lse * (logits - col_lse).exp_()
+
+
+def _row_chunks(n: int, m: int) -> Iterator[slice]:
+    rows = max(1, CHUNK_ELEMENTS // m)
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
+def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
+    """Of image_features (n, D), text_features (M, D) and logit_scale, 0-dim in the accumulation dtype."""
+    dtype = accumulation_dtype(image_features.dtype)
+    n, m, text = image_features.shape[0], text_features.shape[0], text_features.to(dtype)
+    positive, row_max, row_log_sum = (text.new_empty(n) for _ in range(3))
+    columns = (text.new_full((m,), -torch.inf), text.new_full((m,), -torch.inf))
+    for rows in _row_chunks(n, m):
+        logits = logit_scale * (image_features[rows].to(dtype) @ text.T)
+        positive[rows], logits = split_positives(logits, offset + rows.start)
+        row_max[rows], row_log_sum[rows] = max_and_log_sum(logits, 1)
+        columns = merge(columns, max_and_log_sum(logits, 0))
+    return Statistics(positive, row_max, row_log_sum, *columns)
+
+
+def negative_gradients(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    d_row_lse: Tensor,
+    d_col_lse: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """(dz @ text (n, D), dz^T @ image (M, D)) of the negatives, not yet multiplied by the scale, in the accumulation
+    dtype.
+
+    row_lse and col_lse are max + log_sum, or +inf where there are no negatives (so that nothing flows there).
+    """
+    dtype = accumulation_dtype(image_features.dtype)
+    text = text_features.to(dtype)
+    grad_image, grad_text = text.new_empty(image_features.shape), torch.zeros_like(text)
+    for rows in _row_chunks(image_features.shape[0], text.shape[0]):
+        image = image_features[rows].to(dtype)
+        _, logits = split_positives(logit_scale * (image @ text.T), offset + rows.start)
+        d_logits = d_negative_logits(logits, row_lse[rows], col_lse, d_row_lse[rows], d_col_lse)
+        grad_image[rows] = d_logits @ text
+        grad_text.addmm_(d_logits.T, image)
+    return grad_image, grad_text
