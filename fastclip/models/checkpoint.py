@@ -7,6 +7,7 @@ differs, before anything is loaded.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ CONFIG = "open_clip_config.json"
 LATEST = "latest"
 STEPS = "checkpoints"
 
+_STEP = re.compile(r"step_\d+")
 _WRAPPERS = ("module.", "_orig_mod.")
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size", "attn_mask"})
 _TEXT_PREFIX = "text."  # open_clip's CustomTextCLIP
@@ -83,24 +85,27 @@ def load_checkpoint(
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The step folder that `path` means: itself, the parent of a file, or the latest step of a run folder."""
+    """The step folder that `path` means: itself, the parent of a file, or the latest step of a run folder.
+
+    The latest step is the one that the run's file `latest` names, or the last complete one where that is gone.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: it does not exist")
     if path.is_file():
         return path.parent
-    if (path / WEIGHTS).is_file():
+    if _has_weights(path):
         return path
-    for steps in (path / STEPS, path):
-        named = [folder / LATEST for folder in (path, steps) if (folder / LATEST).is_file()]
-        if named:
-            step = steps / Path(named[0].read_text().strip()).name
-            if (step / WEIGHTS).is_file():
-                return step
-        complete = sorted(step for step in steps.glob("step_*") if (step / WEIGHTS).is_file())
-        if complete:
-            return complete[-1]
-    raise FileNotFoundError(f"no checkpoint in {path}: it holds neither {WEIGHTS} nor {STEPS}/step_*/{WEIGHTS}")
+    steps = path / STEPS if (path / STEPS).is_dir() else path
+    complete = {step.name: step for step in steps.glob("step_*") if _STEP.fullmatch(step.name) and _has_weights(step)}
+    for pointer in (path / LATEST, steps / LATEST):
+        if pointer.is_file():
+            named = Path(pointer.read_text().strip()).name
+            if named in complete:
+                return complete[named]
+    if not complete:
+        raise FileNotFoundError(f"no checkpoint in {path}: it holds neither {WEIGHTS} nor {STEPS}/step_*/{WEIGHTS}")
+    return complete[max(complete)]
 
 
 def load_weights(
@@ -140,6 +145,10 @@ def normalize_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if name.removeprefix(_TEXT_PREFIX) not in _NOT_WEIGHTS:
             result[name.removeprefix(_TEXT_PREFIX)] = value
     return result
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file()
 
 
 def _config_for(weights: Path, model: str | CLIPConfig | None) -> CLIPConfig:

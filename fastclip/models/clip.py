@@ -54,8 +54,8 @@ class CLIP(TextTower):
     ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Tensor]:
         """(image_features, text_features, logit_scale), features of unit length, as open_clip returns them.
 
-        The scale is exponentiated, at most 100 (its gradient is zero above), 0-dim and at least fp32. The features of an
-        absent input are None; with `output_dict` their key is left out.
+        The scale is exponentiated, at most 100 (its gradient is zero above), 0-dim and at least fp32. The features of
+        an absent input are None; with `output_dict` their key is left out.
         """
         image_features = None if image is None else self.encode_image(image, normalize=True)
         text_features = None if text is None else self.encode_text(text, normalize=True)

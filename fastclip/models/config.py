@@ -68,7 +68,7 @@ class VisionConfig:
         if self.width * 32 % self.head_width:
             raise ValueError(f"32 * width must be a multiple of head_width ({self.head_width}), was {32 * self.width}")
         if self.conv_stem or self.patch_dropout or self.pool_type != "tok":
-            raise ValueError("conv_stem, patch_dropout and pool_type belong to a Vision Transformer, not a ModifiedResNet")
+            raise ValueError("conv_stem, patch_dropout and pool_type are options of a Vision Transformer alone")
 
     @property
     def is_resnet(self) -> bool:
@@ -142,7 +142,10 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CLIPConfig:
-        """Read what `to_dict` writes, or a bare open_clip model config; an unknown key is a ValueError naming the nearest."""
+        """Read what `to_dict` writes, or a bare open_clip model config.
+
+        Raises ValueError naming the nearest key for an unknown one.
+        """
         model_cfg = dict(data.get("model_cfg", data))
         preprocess = data.get("preprocess_cfg", {})
         vision = _read(VisionConfig, model_cfg.pop("vision_cfg", {}), "vision_cfg")
@@ -151,8 +154,8 @@ class CLIPConfig:
         for key in model_cfg:
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in model_cfg{nearest(key, known)}")
-        images = {f"image_{name}": tuple(preprocess[name]) for name in ("mean", "std") if name in preprocess}
-        return cls(vision=vision, text=text, **model_cfg, **images)
+        mean, std = preprocess.get("mean", OPENAI_MEAN), preprocess.get("std", OPENAI_STD)
+        return cls(vision=vision, text=text, image_mean=mean, image_std=std, **model_cfg)
 
 
 def nearest(name: str, known: Any) -> str:

@@ -26,12 +26,11 @@ def create_model(
         from PyTorch's global generator.
     dtype: of every parameter and buffer that is a float; default float32.
     packed_text: encode captions at their true length; same features and gradients, less work.
-    Raises ValueError naming the nearest model for an unknown name, or every difference to a checkpoint that does not fit.
+    Raises ValueError naming the nearest model for an unknown name, or all that differs in an unfit checkpoint.
     """
     config = get_config(name) if isinstance(name, str) else name
     if checkpoint is None:
-        with torch.device(device or "cpu"):
-            return CLIP(config, packed_text).to(dtype=dtype)
+        return CLIP(config, packed_text).to(device=device, dtype=dtype)
     with torch.device("meta"):
         model = CLIP(config, packed_text)
     return load_weights(model, checkpoint, device=device, dtype=dtype)

@@ -41,10 +41,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inplanes, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.avgpool(out)))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class AttentionPool(nn.Module):
@@ -95,9 +95,9 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = F.relu(self.bn1(self.conv1(image)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
         return self.attnpool(x)
 

@@ -24,20 +24,11 @@ class TextTower(nn.Module):
         self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio, quick_gelu)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
-        self._init_text()
-
-    def _init_text(self) -> None:
-        """OpenAI's initialisation of the text tower; biases of the MLP keep PyTorch's."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        width, layers = self.positional_embedding.shape[1], len(self.transformer.resblocks)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        self.transformer.init_scaled()
 
     def text_features(self, text: Tensor | PackedText, packed: bool) -> Tensor:
-        """Captions -> (B, embed_dim), not L2-normalised. `packed` packs padded ids (B, L) first: same result, less work."""
+        """Captions -> (B, embed_dim), not L2-normalised; `packed` packs padded ids (B, L) first."""
         if isinstance(text, Tensor):
             self._check_ids(text)
             text = pack_text(text) if packed else text

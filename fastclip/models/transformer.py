@@ -1,13 +1,11 @@
 """The Transformer both towers share: pre-norm residual blocks with one QKV product.
 
-Tokens are (B, N, W) for B sequences of equal length, or packed (T, W) with `cu_seqlens` and `max_seqlen`: LayerNorm, MLP
-and the products then run on real tokens alone. Every parameter is read in the forward of the module that owns it, so
-that ZeRO-3 gathers it in time. State-dict names are OpenAI's.
+Tokens are (B, N, W) for B sequences of equal length, or packed (T, W) with `cu_seqlens` and `max_seqlen`: LayerNorm,
+MLP and the products then run on real tokens alone. Every parameter is read in the forward of the module that owns it,
+so that ZeRO-3 gathers it in time. State-dict names are OpenAI's.
 """
 
 from __future__ import annotations
-
-from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -63,22 +61,29 @@ class Attention(nn.Module):
         return self.out_proj(out.flatten(-2))
 
 
+class MLP(nn.Module):
+    """c_proj(activation(c_fc(x)))."""
+
+    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., W) -> (..., W)."""
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
 class Block(nn.Module):
     """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, hidden),
-                gelu=QuickGELU() if quick_gelu else nn.GELU(),
-                c_proj=nn.Linear(hidden, width),
-            )
-        )
+        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
 
     def forward(
         self,
@@ -100,6 +105,17 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, quick_gelu) for _ in range(layers))
+
+    def init_scaled(self) -> None:
+        """OpenAI's initialisation of the text tower: products into the residual shrink with the depth."""
+        for block in self.resblocks:
+            assert isinstance(block, Block)
+            width = block.ln_1.weight.shape[0]
+            into_residual = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=into_residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=into_residual)
 
     def forward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,11 +40,10 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         layers: list[nn.Module] = []
-        for inner, outer in zip((3, *widths), widths):
+        for inner, outer in pairwise((3, *widths)):
             conv = nn.Conv2d(inner, outer, 3, stride=2, padding=1)
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
-            layers += [conv, nn.ReLU(inplace=True)]
+            layers += [conv, nn.ReLU()]
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +70,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(
-            width, config.layers, width // config.head_width, config.mlp_ratio, quick_gelu
-        )
+        self.transformer = Transformer(width, config.layers, width // config.head_width, config.mlp_ratio, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
@@ -79,7 +78,7 @@ class VisionTransformer(nn.Module):
         """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
         x = self.conv1(self.conv_stem(image) if self.config.conv_stem else image)
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat((class_token, x), dim=1) + self.positional_embedding
+        x = torch.cat((class_token, x), dim=1) + self.positional_embedding.to(x.dtype)
         if self.training and self.config.patch_dropout:
             x = self._drop_patches(x)
         x = self.ln_pre(x)
