@@ -58,8 +58,8 @@ def expand_shards(spec: ShardSpec, split: str | None = None) -> list[str]:
     """
     parts = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     found: list[str] = []
-    for part in map(os.fspath, parts):
-        for name in expand_braces(part):
+    for part in parts:
+        for name in expand_braces(os.fspath(part)):
             if os.path.isdir(name):
                 inside = sorted(glob(os.path.join(escape(name), "*.tar")))
                 chosen = [path for path in inside if split and os.path.basename(path).startswith(f"{split}-")]
@@ -74,7 +74,7 @@ def expand_shards(spec: ShardSpec, split: str | None = None) -> list[str]:
                     raise FileNotFoundError(f"shards: no file matches {name!r}")
                 found += matches
             else:
-                raise FileNotFoundError(f"shards: {name!r} does not exist (from {part!r})")
+                raise FileNotFoundError(f"shards: {name!r} does not exist (from {os.fspath(part)!r})")
     if not found:
         raise ValueError(
             "shards: the list is empty; give a directory, a file, a glob or a range like x/{00000..00011}.tar"
@@ -83,7 +83,10 @@ def expand_shards(spec: ShardSpec, split: str | None = None) -> list[str]:
 
 
 def write_shard(path: str | os.PathLike[str], samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
-    """Write `(key, {suffix: content})` samples as one tar, under another name first; the same input gives the same bytes."""
+    """Write `(key, {suffix: content})` samples as one tar, under another name until it is whole.
+
+    The same samples give the same bytes.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -144,36 +147,35 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _scan(shard: str) -> _Scan:
-    """Read the headers of one tar. Members that are not plain files or whose names climb are ignored and counted; of a
-    truncated tar the whole members are used."""
+    """Read the headers of one tar. Members that are not plain files or whose names climb are ignored; of a truncated or
+    damaged tar the part before the damage is used. All of it is counted."""
     stamp = _stamp(shard)
     length = stamp[1]
     samples: dict[str, list[tuple[int, int]]] = {}
     skipped: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as tar:
+            last = -1
             for member in tar:
-                tar.members = []  # tarfile keeps every header otherwise
+                if member.size < 0 or member.offset_data <= last:  # older tarfile versions go round in circles
+                    raise tarfile.ReadError("header points backwards")
+                last = member.offset_data
                 key, suffix = _split_name(member.name)
                 unsafe = member.name.startswith("/") or ".." in member.name.split("/")
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or unsafe or not key:
                     skipped["ignored_member"] += not member.isdir()
-                elif member.offset_data + member.size > length:
-                    skipped["truncated_shard"] += 1
                 elif member.size > MAX_MEMBER_BYTES:
                     skipped["oversized_member"] += 1
-                elif suffix in _KINDS:
-                    places = samples.setdefault(key, [(-1, 0)] * 3)
-                    places[_KINDS[suffix]] = (member.offset_data, member.size)
+                elif suffix in _KINDS and last + member.size <= length:
+                    samples.setdefault(key, [_ABSENT] * 3)[_KINDS[suffix]] = (last, member.size)
             end = tar.offset
         with open(shard, "rb") as file:
             file.seek(end)
-            skipped["truncated_shard"] += bool(file.read(tarfile.BLOCKSIZE).strip(b"\0"))
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if not samples:
-            raise ValueError(f"shards: {shard!r} is not a readable uncompressed tar file ({error})") from error
-        skipped["truncated_shard"] += 1
-    whole = {key: places for key, places in samples.items() if places[0][0] >= 0}
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("no header where one should be")
+    except (tarfile.TarError, ValueError, OverflowError, EOFError):
+        skipped["truncated_shard" if samples else "unreadable_shard"] += 1
+    whole = {key: places for key, places in samples.items() if places[0] != _ABSENT}
     skipped["missing_image"] += len(samples) - len(whole)
     keys = np.array([key.encode("utf-8", "surrogateescape") for key in whole], dtype=np.bytes_)
     places = np.array(list(whole.values()), dtype=np.int64).reshape(-1, 3, 2)

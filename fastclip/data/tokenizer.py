@@ -154,12 +154,12 @@ def clip_tokenizer(vocabulary: str | os.PathLike[str] | None = None, context_len
         spec = importlib.util.find_spec("open_clip")
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"tokenizer: CLIP's vocabulary is not here; pip install open_clip_torch, or give the path of {_CLIP_FILE}"
+                f"tokenizer: CLIP's vocabulary is missing; pip install open_clip_torch, or give the path of {_CLIP_FILE}"
             )
         vocabulary = Path(spec.origin).with_name(_CLIP_FILE)
     with gzip.open(vocabulary, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : CLIP_VOCAB_SIZE - 512 - 2 + 1]
-    merges = [tuple(line.split()) for line in lines]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
     return Tokenizer(_bpe(merges), context_length or CLIP_CONTEXT_LENGTH)
 
 

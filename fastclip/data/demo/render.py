@@ -5,7 +5,7 @@ rounded to 1/1024 of the radius), and drawn with integers: the pixels are the sa
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _inside_polygon(corners[shape], x, y)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _coverage(shape: str, size: str, half_x: int, half_y: int) -> np.ndarray:
     """How much of each pixel of a patch the shape covers, 0..64: int32 (_PATCH, _PATCH, 1)."""
     points = (np.arange(_PATCH * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE - _PATCH / 2

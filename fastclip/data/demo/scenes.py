@@ -65,17 +65,15 @@ def hard_negatives(scene: Scene) -> tuple[Scene, Scene]:
 
 
 @dataclass(frozen=True)
-class TestScene:
-    """A held-out scene; scenes of one `group` differ by a swap only. `kind`: "single", "base", "colours" or "places"."""
+class HeldOut:
+    """A test scene; scenes of one `group` differ by a swap only. `kind`: "single", "base", "colours" or "places"."""
 
     scene: Scene
     group: int
     kind: str
 
-    __test__ = False
 
-
-def test_scenes(seed: int, count: int = 1000) -> list[TestScene]:
+def held_out_scenes(seed: int, count: int = 1000) -> list[HeldOut]:
     """`count` held-out scenes with different contents, half of them in groups of three (base, colours swapped, places
     swapped). Over all of them one, two and three objects come in 20, 40 and 40 %.
     """
@@ -88,18 +86,18 @@ def test_scenes(seed: int, count: int = 1000) -> list[TestScene]:
     singles += [3] * (count - 3 * groups - len(singles))
 
     seen: set[tuple[Object, ...]] = set()
-    chosen: list[TestScene] = []
+    chosen: list[HeldOut] = []
     while len(chosen) < 3 * groups:
         base = draw_scene(stream, plan[len(chosen) // 3])
         a, b = base.objects[:2]
         family = (base, *hard_negatives(base))
         if a.colour != b.colour and a.shape != b.shape and not seen.intersection(s.content for s in family):
             group = len(chosen) // 3
-            chosen += [TestScene(s, group, kind) for s, kind in zip(family, ("base", "colours", "places"), strict=True)]
+            chosen += [HeldOut(s, group, kind) for s, kind in zip(family, ("base", "colours", "places"), strict=True)]
             seen.update(s.content for s in family)
     while len(chosen) < count:
         scene = draw_scene(stream, singles[len(chosen) - 3 * groups])
         if scene.content not in seen:
-            chosen.append(TestScene(scene, groups + len(chosen) - 3 * groups, "single"))
+            chosen.append(HeldOut(scene, groups + len(chosen) - 3 * groups, "single"))
             seen.add(scene.content)
     return stream.sample(chosen, count)

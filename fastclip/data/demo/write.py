@@ -17,7 +17,7 @@ import numpy as np
 from fastclip.data.demo.captions import NUMBER_WORDS, ZERO_SHOT_TEMPLATES, digit_captions, scene_captions
 from fastclip.data.demo.digits import enlarge, load_digits, split_digits
 from fastclip.data.demo.render import render_scene
-from fastclip.data.demo.scenes import Scene, TestScene, test_scenes, train_scene
+from fastclip.data.demo.scenes import HeldOut, Object, Scene, held_out_scenes, train_scene
 from fastclip.data.shards import index_path, write_shard
 from fastclip.data.streams import Stream, permutation
 from fastclip.data.tokenizer import train_tokenizer
@@ -48,11 +48,11 @@ class Part:
         return -(-len(self) // SHARD_SIZE)
 
     @cached_property
-    def _held_out(self) -> list[TestScene]:
-        return test_scenes(self.seed)
+    def _held_out(self) -> list[HeldOut]:
+        return held_out_scenes(self.seed)
 
     @cached_property
-    def _held_out_contents(self) -> frozenset:
+    def _held_out_contents(self) -> frozenset[tuple[Object, ...]]:
         return frozenset(held.scene.content for held in self._held_out)
 
     @cached_property
