@@ -17,8 +17,8 @@ class EvalSet:
 
     `len(eval_set)` images; `captions` (all texts in image order), `caption_image` int64 (texts,): the image of each;
     `keys`, `records` (the JSON of each image), `labels` int64 (images,) or None where a record has no "label".
-    Samples without a caption are left out and counted in `skipped`. An image that cannot be decoded becomes mid-gray and
-    is counted when it is read: the figures of an evaluation can only fall, and all ranks keep the same numbering.
+    Samples without a caption are left out and counted in `skipped`. An image that cannot be decoded becomes mid-gray,
+    and is counted, when it is read: the figures of an evaluation can only fall, and all ranks keep the same numbering.
     """
 
     def __init__(self, shards: ShardSpec, tokenizer: Tokenizer, image_size: int) -> None:

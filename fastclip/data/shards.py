@@ -28,6 +28,7 @@ MAX_MEMBER_BYTES = 256 << 20
 
 _INDEX_VERSION = 1
 _OPEN_FILES = 256
+_ABSENT = (-1, 0)
 _KINDS = {"txt": 1, "json": 2} | dict.fromkeys(IMAGE_SUFFIXES, 0)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -136,7 +137,8 @@ def _load_scan(shard: str) -> _Scan | None:
             scan = _Scan(kept["keys"], kept["places"], Counter(json.loads(str(kept["skipped"]))), tuple(kept["stamp"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return scan if scan.stamp == _stamp(shard) and scan.places.shape == (len(scan.keys), 3, 2) else None
+    fits = scan.stamp == _stamp(shard) and scan.places.shape == (len(scan.keys), 3, 2)
+    return scan if fits and (scan.places >= _ABSENT).all() else None
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -194,8 +196,9 @@ class Sample(NamedTuple):
 class ShardIndex:
     """All samples of some shards, by number. Holds places only; `len(index)` samples, `index.read(i)` reads one.
 
-    `index.skipped` counts by cause what the scan left out: ignored_member, oversized_member, truncated_shard,
-    missing_image. Files are opened when first read, and may be read from any process.
+    `index.skipped` counts by cause what the scan left out: ignored_member, oversized_member, missing_image,
+    truncated_shard (its first part is used), unreadable_shard. Files are opened when first read, in any process.
+    Errors: those of `expand_shards`; `ValueError` where no shard holds an image.
     """
 
     def __init__(self, shards: ShardSpec, split: str | None = None) -> None:
@@ -208,7 +211,8 @@ class ShardIndex:
         self._files: dict[int, int] = {}
         if not len(self):
             raise ValueError(
-                f"shards: no image in {len(self.paths)} shard(s), first {self.paths[0]!r} ({self.skipped})"
+                f"shards: no sample in {len(self.paths)} file(s), the first is {self.paths[0]!r}, left out: "
+                f"{dict(self.skipped)}; a shard is an uncompressed tar of key.png|jpg, key.txt and key.json members"
             )
 
     def __len__(self) -> int:

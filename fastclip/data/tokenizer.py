@@ -154,7 +154,7 @@ def clip_tokenizer(vocabulary: str | os.PathLike[str] | None = None, context_len
         spec = importlib.util.find_spec("open_clip")
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"tokenizer: CLIP's vocabulary is missing; pip install open_clip_torch, or give the path of {_CLIP_FILE}"
+                f"tokenizer: {_CLIP_FILE} (CLIP's vocabulary) is missing; pip install open_clip_torch, or give its path"
             )
         vocabulary = Path(spec.origin).with_name(_CLIP_FILE)
     with gzip.open(vocabulary, "rt", encoding="utf-8") as file:

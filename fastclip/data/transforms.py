@@ -33,7 +33,7 @@ def decode_image(data: bytes) -> "Image":
 
 
 def eval_pixels(image: "Image", size: int) -> np.ndarray:
-    """open_clip's evaluation transform, uint8 (3, S, S): shorter side to `size` (bicubic, antialiased), centre cut out."""
+    """open_clip's evaluation transform: shorter side to `size` (bicubic, antialiased), centre cut; uint8 (3, S, S)."""
     from PIL import Image
 
     if image.size != (size, size):
