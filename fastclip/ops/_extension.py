@@ -1,22 +1,80 @@
-"""The compiled CPU kernels of csrc/: where their sources and flags are, how they are built, and how they are loaded.
+"""The compiled CPU kernels of csrc/: their sources and flags, how they are built, and how they are loaded.
 
-setup.py and `fastclip build` compile the same sources with the same flags, once per instruction set; the one this CPU
-can run is chosen when it is loaded, so a wheel never crashes on another machine. Nothing is ever compiled or loaded at
-import.
+setup.py and `fastclip build` compile the same sources with the same flags. Each kernel is compiled for several instruction
+sets and the loader picks the right one (see csrc/cpu/simd.h), so a wheel runs on any machine of its architecture. Nothing
+is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the package.
 """
 
+from __future__ import annotations
+
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+SOURCES = ("csrc/bindings.cpp", "csrc/cpu/attention.cpp", "csrc/cpu/contrastive_loss.cpp")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
+
+
+def missing() -> str | None:
+    """What is missing to build the kernels, in one line, or None."""
+    if not all((ROOT / source).exists() for source in SOURCES):
+        return f"the sources are not in {ROOT / 'csrc'} (an installed wheel has none: build from a checkout)"
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        return "there is no C++ compiler (apt-get install g++)"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch cannot be imported in this environment ({error})"
+    return None
+
+
+def extension() -> Any:
+    """The setuptools Extension of csrc/."""
+    from torch.utils.cpp_extension import CppExtension
+
+    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    return CppExtension("fastclip._C", list(SOURCES), depends=headers, extra_compile_args=list(FLAGS))
+
+
+def build() -> Path:
+    """Compiles csrc/ into the package, about half a minute, and returns the library's path.
+
+    Raises:
+        RuntimeError: something is missing, or the compiler failed.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(f"the compiled kernels cannot be built: {reason}")
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    with tempfile.TemporaryDirectory() as temporary:
+        distribution = Distribution({"name": "fastclip", "ext_modules": [extension()]})
+        command = BuildExtension(distribution)
+        command.build_lib, command.build_temp = str(ROOT), temporary
+        command.ensure_finalized()
+        command.run()
+    load.cache_clear()
+    return Path(command.get_ext_fullpath("fastclip._C"))
 
 
 @cache
 def load() -> str | None:
-    """Loads the library built for this CPU, once per process; returns None, or the reason it cannot."""
-    return "not built (run `fastclip build`)"
+    """Loads the library once per process; returns None, or the reason it cannot be used."""
+    import torch
 
-
-def why_not() -> str | None:
-    """The reason the compiled kernels cannot be used, or None when they are loaded."""
-    return load()
+    libraries = sorted(PACKAGE.glob("_C*.so"))
+    if not libraries:
+        return "the compiled kernels are not built (run `fastclip build`)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+        built_for = torch.ops.fastclip_cpu.torch_version()
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"{libraries[0].name} cannot be loaded ({str(error).splitlines()[0]}): run `fastclip build`"
+    if built_for != torch.__version__.split("+")[0]:
+        return f"{libraries[0].name} was built for torch {built_for}, this is {torch.__version__}: run `fastclip build`"
+    return None

@@ -30,7 +30,7 @@ def why_not(impl: str, device_type: str, dtype: torch.dtype, n: int, m: int) -> 
             return f"the features are on {device_type}"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {dtype}"
-        return _extension.why_not()
+        return _extension.load()
     if impl == "triton":
         if not _dispatch.has_package("triton"):
             return "the package triton is not installed"

@@ -1,0 +1,36 @@
+// Names of the compiled kernels, and nothing else: they are reached from Python as torch.ops.fastclip_cpu.<name>.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+#include <tuple>
+
+namespace fastclip {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics(
+    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset);
+std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
+    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& row_lse,
+    const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset);
+at::Tensor attention_fwd(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal, double softmax_scale);
+at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal,
+                         double softmax_scale);
+
+}  // namespace fastclip
+
+TORCH_LIBRARY(fastclip_cpu, m) {
+  m.def("torch_version() -> str", [] { return std::string(TORCH_VERSION); });
+  m.def(
+      "contrastive_loss_statistics(Tensor image_features, Tensor text_features, Tensor logit_scale, int offset)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &fastclip::contrastive_loss_statistics);
+  m.def(
+      "contrastive_loss_negative_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse,"
+      " Tensor col_lse, Tensor d_row_lse, Tensor d_col_lse, int offset) -> (Tensor, Tensor)",
+      &fastclip::contrastive_loss_negative_gradients);
+  m.def("attention_fwd(Tensor qkv, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
+        &fastclip::attention_fwd);
+  m.def("attention_bwd(Tensor d_out, Tensor qkv, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
+        &fastclip::attention_bwd);
+}

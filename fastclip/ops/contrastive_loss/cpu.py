@@ -1,0 +1,27 @@
+"""The compiled CPU kernel (csrc/cpu/contrastive_loss.cpp): float32 and bfloat16 features, fp32 arithmetic throughout."""
+
+import torch
+from torch import Tensor
+
+from fastclip.ops.contrastive_loss.types import Statistics
+
+
+def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
+    """As `reference.statistics`."""
+    kernel = torch.ops.fastclip_cpu.contrastive_loss_statistics
+    return Statistics(*kernel(image_features, text_features, logit_scale, offset))
+
+
+def negative_gradients(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    d_row_lse: Tensor,
+    d_col_lse: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.negative_gradients`."""
+    kernel = torch.ops.fastclip_cpu.contrastive_loss_negative_gradients
+    return kernel(image_features, text_features, logit_scale, row_lse, col_lse, d_row_lse, d_col_lse, offset)
