@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +165,20 @@ def _config_for(weights: Path, model: str | CLIPConfig | None) -> CLIPConfig:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as read
+    else:
+        read = partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors, pickle and zip each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a file of weights: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
 
 
 def _check_fit(model: CLIP, state: Mapping[str, Any], source: Path) -> None:

@@ -1,0 +1,65 @@
+"""Our towers against open_clip's with the same random weights: features, gradients, files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models_helpers import RESNET, VIT, assert_same, captions, gradients, images, open_clip_model, perturbed
+
+from fastclip.models import CLIP, CLIPConfig, create_model, load_checkpoint, save_model
+
+pytestmark = pytest.mark.peer
+
+CONFIGS = {
+    "vit": VIT,
+    "vit-quickgelu": replace(VIT, quick_gelu=True),
+    "vit-avg": replace(VIT, vision=replace(VIT.vision, pool_type="avg", mlp_ratio=3.3)),
+    "resnet": RESNET,
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_features_and_gradients_are_open_clips(config: CLIPConfig, packed: bool) -> None:
+    theirs = perturbed(open_clip_model(config))
+    ours = CLIP(config, packed_text=packed)
+    ours.load_state_dict(theirs.state_dict())
+    image, text = images(config), captions(config)
+    features, expected = ours(image, text), theirs(image, text)
+    for name, y, x in zip(("image", "text", "scale"), features, expected, strict=True):
+        assert (y - x).norm() / x.norm() <= 1e-5, name
+    assert_same(gradients(ours, features), gradients(theirs, expected), 1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_state_dicts_have_the_same_names_and_shapes(config: CLIPConfig) -> None:
+    theirs, ours = open_clip_model(config).state_dict(), CLIP(config).state_dict()
+    assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in theirs.items()}
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_initialisation_has_open_clips_spread(config: CLIPConfig) -> None:
+    """The standard deviation of each weight, over what its size lets it vary."""
+    wide = replace(config, vision=replace(config.vision, width=64), text=replace(config.text, width=96))
+    theirs, ours = open_clip_model(wide).state_dict(), CLIP(wide).state_dict()
+    for name, value in theirs.items():
+        if not value.is_floating_point():
+            continue
+        spread, mine = value.std(correction=0), ours[name].std(correction=0)
+        assert abs(mine - spread) <= 5 * spread * value.numel() ** -0.5 + 1e-7, f"{name}: {mine:.4f}, not {spread:.4f}"
+
+
+def test_open_clip_reads_our_folder_and_we_read_its_checkpoint(tmp_path) -> None:
+    ours = perturbed(create_model(VIT)).eval()
+    save_model(tmp_path, ours, VIT)
+    factory = pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
+    theirs = factory.create_model(f"local-dir:{tmp_path}", pretrained=str(tmp_path / "model.safetensors")).eval()
+    image, text = images(VIT), captions(VIT)
+    torch.testing.assert_close(theirs(image, text)[:2], ours(image, text)[:2], rtol=1e-5, atol=1e-6)
+
+    trained = {"epoch": 3, "name": "run", "state_dict": {f"module.{n}": v for n, v in theirs.state_dict().items()}}
+    torch.save(trained, tmp_path / "epoch_3.pt")
+    again = load_checkpoint(tmp_path / "epoch_3.pt", model=VIT).model
+    torch.testing.assert_close(again(image, text), ours(image, text))
