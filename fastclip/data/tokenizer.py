@@ -11,9 +11,10 @@ import html
 import importlib.util
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,9 @@ class Tokenizer:
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         return self.batch([texts] if isinstance(texts, str) else list(texts), context_length)[0]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_text, (self._rust.to_str(), self.context_length)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `tokenizers` JSON that `get_tokenizer` reads back, context length included."""
         self._rust.enable_truncation(self.context_length)
@@ -143,13 +147,17 @@ def _fix_text():
 
 
 def _clip_clean(text: str) -> str:
-    """open_clip's cleaning: mend mojibake, undo HTML escapes twice, strip."""
-    return html.unescape(html.unescape(_fix_text()(text))).strip()
+    """open_clip's cleaning: mend mojibake, undo HTML escapes twice, strip, lower (in Python: it knows final sigma)."""
+    return html.unescape(html.unescape(_fix_text()(text))).strip().lower()
 
 
 def clip_tokenizer(vocabulary: str | os.PathLike[str] | None = None, context_length: int | None = None) -> Tokenizer:
     """CLIP's tokenizer (49,408 ids) from `bpe_simple_vocab_16e6.txt.gz`: the given one, or that of an installed
-    open_clip (the file only: open_clip is not imported). Errors: `FileNotFoundError` where there is neither."""
+    open_clip (the file only: open_clip is not imported).
+
+    Ids are open_clip's where ftfy is installed too; without it mojibake and typographic signs are left as they are.
+    Errors: `FileNotFoundError` where there is neither, `ValueError` for a file that is another one.
+    """
     if vocabulary is None:
         spec = importlib.util.find_spec("open_clip")
         if spec is None or spec.origin is None:
@@ -157,9 +165,12 @@ def clip_tokenizer(vocabulary: str | os.PathLike[str] | None = None, context_len
                 f"tokenizer: {_CLIP_FILE} (CLIP's vocabulary) is missing; pip install open_clip_torch, or give its path"
             )
         vocabulary = Path(spec.origin).with_name(_CLIP_FILE)
-    with gzip.open(vocabulary, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : CLIP_VOCAB_SIZE - 512 - 2 + 1]
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    try:
+        with gzip.open(vocabulary, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : CLIP_VOCAB_SIZE - 514 + 1]
+        merges = [(left, right) for left, right in (line.split() for line in lines)]
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"tokenizer: {vocabulary} is not CLIP's vocabulary {_CLIP_FILE} ({error})") from error
     return Tokenizer(_bpe(merges), context_length or CLIP_CONTEXT_LENGTH)
 
 
@@ -206,6 +217,12 @@ def get_tokenizer(name_or_path: str | os.PathLike[str], context_length: int | No
     near = difflib.get_close_matches(name, CLIP_NAMES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"tokenizer: {name!r} is neither a file nor one of {', '.join(CLIP_NAMES)}{hint}")
+
+
+def _from_text(content: str, context_length: int) -> Tokenizer:
+    from tokenizers import Tokenizer as RustTokenizer
+
+    return Tokenizer(RustTokenizer.from_str(content), context_length)
 
 
 def _from_json(path: Path, context_length: int | None) -> Tokenizer:

@@ -155,22 +155,25 @@ def write_demo(
     `{train,digits_test,scenes_test}-%05d.tar`: `scenes` training scenes mixed with digits (12 %), 360 held-out digits,
     1,000 held-out scenes. `tokenizer.json`: trained on the training captions. `digits_test.classes.json`: class names
     and prompt templates. `manifest.json`: generator version, arguments, counts, SHA-256 of every file; written last.
-    The content depends on (scenes, seed) only. Errors: `ValueError` for a number below 1.
+    The content depends on (scenes, seed) only. Errors: `ValueError` for a number below 1 or a directory that
+    is a file.
     """
     for name, value in (("scenes", scenes), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, was {value}")
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"directory: must be a directory, {os.fspath(directory)!r} is a file")
     wanted = {"generator_version": GENERATOR_VERSION, "scenes": scenes, "seed": seed}
     if manifest := _is_whole(directory, wanted):
         return manifest
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "manifest.json").unlink(missing_ok=True)
-    for stale in directory.glob("*.tar"):
-        stale.unlink()
-        Path(index_path(stale)).unlink(missing_ok=True)
-
     parts = [Part(name, seed, scenes) for name in ("train", "digits_test", "scenes_test")]
+    for part in parts:
+        for stale in directory.glob(f"{part.name}-?????.tar"):
+            stale.unlink()
+            Path(index_path(stale)).unlink(missing_ok=True)
     jobs = [(part, os.fspath(directory), shard) for part in parts for shard in range(part.shards)]
     if workers == 1:
         written = [_write(job) for job in jobs]

@@ -1,0 +1,60 @@
+"""What the tests of the data room share: tiny images, tiny shards, a tiny tokenizer, open_clip as a peer."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastclip.data import Tokenizer, train_tokenizer, write_shard
+
+WORDS = ("red", "green", "blue", "circle", "square", "on", "a", "table")
+
+
+def image_file(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", form: str = "PNG") -> bytes:
+    """A small image whose pixels depend on `number`."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, form)
+    return out.getvalue()
+
+
+def sample(number: int, **replaced: bytes | None) -> tuple[str, dict[str, bytes]]:
+    """Sample `number` as a shard holds it, three captions in its JSON; `replaced` members: others, or None for none."""
+    captions = [f"{WORDS[number % 3]} {WORDS[3 + number % 2]} on a table {number} {turn}" for turn in range(3)]
+    files: dict[str, bytes | None] = {
+        "png": image_file(number),
+        "txt": captions[0].encode(),
+        "json": json.dumps({"captions": captions, "label": number % 3}).encode(),
+    }
+    kept = {suffix: content for suffix, content in (files | replaced).items() if content is not None}
+    return f"{number:04d}", kept
+
+
+def write_samples(directory: Path, count: int, shards: int = 3, **broken: Any) -> Path:
+    """`count` samples spread over `shards` files in `directory`; `broken` maps "s<number>" to replaced members."""
+    directory.mkdir(exist_ok=True)
+    for shard in range(shards):
+        numbers = range(shard, count, shards)
+        write_shard(directory / f"train-{shard:05d}.tar", [sample(n, **broken.get(f"s{n}", {})) for n in numbers])
+    return directory
+
+
+def small_tokenizer(directory: Path, context_length: int = 16) -> Tokenizer:
+    """A tokenizer that knows WORDS."""
+    return train_tokenizer([" ".join(WORDS)] * 3, directory / "tokenizer.json", 600, context_length)
+
+
+def open_clip_module(name: str) -> types.ModuleType:
+    """A module of open_clip; torchvision has no build beside the pinned torch, its operators are not needed."""
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+    pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
+    return importlib.import_module(name)
