@@ -16,6 +16,10 @@ std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
 at::Tensor attention_fwd(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal, double softmax_scale);
 at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal,
                          double softmax_scale);
+at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                double softmax_scale);
+std::tuple<at::Tensor, at::Tensor> pooled_attention_bwd(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& kv,
+                                                        const at::Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale);
 
 }  // namespace fastclip
 
@@ -33,4 +37,10 @@ TORCH_LIBRARY(fastclip_cpu, m) {
         &fastclip::attention_fwd);
   m.def("attention_bwd(Tensor d_out, Tensor qkv, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
         &fastclip::attention_bwd);
+  m.def("pooled_attention_fwd(Tensor q, Tensor kv, Tensor cu_seqlens, int max_seqlen, float softmax_scale) -> Tensor",
+        &fastclip::pooled_attention_fwd);
+  m.def(
+      "pooled_attention_bwd(Tensor d_out, Tensor q, Tensor kv, Tensor cu_seqlens, int max_seqlen, float softmax_scale)"
+      " -> (Tensor, Tensor)",
+      &fastclip::pooled_attention_bwd);
 }

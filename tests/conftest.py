@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 
 def admitted_skips() -> list[tuple[re.Pattern[str], str]]:
     """Lines `test id pattern  <tab>  reason` of skips.txt; CI fails on a skip that no line admits."""
-    lines = [line.split("\t", 1) for line in SKIPS.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.split("\t", 1) for line in SKIPS.read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
     return [(re.compile(pattern.strip()), reason.strip()) for pattern, reason in lines]
 
 

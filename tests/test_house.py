@@ -88,7 +88,9 @@ def test_arrows_have_no_circle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", modules() + sorted((ROOT / "csrc").rglob("*.*")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", modules() + sorted((ROOT / "csrc").rglob("*.*")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_files_stay_small_and_ascii(path: Path) -> None:
     text = path.read_text()
     kernel = path.name.startswith("triton") or path.suffix != ".py"

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "simd.h"
@@ -44,10 +45,10 @@ FASTCLIP_INLINE void transpose(float* out, const float* in, int64_t n, int64_t w
   }
 }
 
-// p (n, width) = softmax(scale * q k^T): zero right of the diagonal when causal, and in the padding.
-FASTCLIP_INLINE void probabilities(float* p, const float* q, const float* kt, int64_t n, int64_t width, const Shape& s) {
-  gemm(p, width, q, s.dim_pad, 1, kt, width, n, width, s.dim_pad);
-  for (int64_t i = 0; i < n; ++i) {
+// p (m, width) = softmax(scale * q k^T): zero right of the diagonal when causal, and in the padding.
+FASTCLIP_INLINE void probabilities(float* p, const float* q, const float* kt, int64_t m, int64_t n, int64_t width, const Shape& s) {
+  gemm(p, width, q, s.dim_pad, 1, kt, width, m, width, s.dim_pad);
+  for (int64_t i = 0; i < m; ++i) {
     float* row = p + i * width;
     const int64_t seen = s.causal ? i + 1 : n;
     for (int64_t j = seen; j < width; ++j) row[j] = -INFINITY;
@@ -65,8 +66,8 @@ FASTCLIP_INLINE void probabilities(float* p, const float* q, const float* kt, in
 }
 
 // dS = scale * P (dP - sum_j P dP), in place of dP.
-FASTCLIP_INLINE void probabilities_backward(float* dp, const float* p, int64_t n, int64_t width, const Shape& s) {
-  for (int64_t i = 0; i < n; ++i) {
+FASTCLIP_INLINE void probabilities_backward(float* dp, const float* p, int64_t m, int64_t width, const Shape& s) {
+  for (int64_t i = 0; i < m; ++i) {
     float* row = dp + i * width;
     const float* probability = p + i * width;
     Vec total = {};
@@ -76,72 +77,114 @@ FASTCLIP_INLINE void probabilities_backward(float* dp, const float* p, int64_t n
   }
 }
 
+// Where one head of one sequence lies: m queries (all tokens, or the pooled one) against n keys; strides in elements.
 template <typename scalar_t>
-FASTCLIP_INLINE void head_forward(const scalar_t* qkv, scalar_t* out, int64_t n, float* scratch, const Shape& s) {
-  const int64_t out_token = s.heads * s.dim, token = 3 * out_token, width = round_up(n), rows = width * s.dim_pad;
-  float *q = scratch, *k = q + rows, *v = k + rows, *kt = v + rows, *p = kt + rows;
-  load_rows(q, qkv, n, token, s);
-  load_rows(k, qkv + out_token, n, token, s);
-  load_rows(v, qkv + 2 * out_token, n, token, s);
-  transpose(kt, k, n, width, s.dim_pad);
-  probabilities(p, q, kt, n, width, s);
-  gemm(q, s.dim_pad, p, width, 1, v, s.dim_pad, n, s.dim_pad, n);
-  store_rows(out, q, n, out_token, s);
-}
+struct Head {
+  scalar_t *q, *k, *v, *out;
+  int64_t m, n, q_stride, kv_stride, out_stride;
+};
 
 template <typename scalar_t>
-FASTCLIP_INLINE void head_backward(const scalar_t* d_out, const scalar_t* qkv, scalar_t* d_qkv, int64_t n, float* scratch, const Shape& s) {
-  const int64_t out_token = s.heads * s.dim, token = 3 * out_token, width = round_up(n), rows = width * s.dim_pad;
+FASTCLIP_INLINE void head_forward(const Head<scalar_t>& x, float* scratch, const Shape& s) {
+  const int64_t width = round_up(x.n), rows = width * s.dim_pad;
+  float *q = scratch, *k = q + rows, *v = k + rows, *kt = v + rows, *p = kt + rows;
+  load_rows(q, x.q, x.m, x.q_stride, s);
+  load_rows(k, x.k, x.n, x.kv_stride, s);
+  load_rows(v, x.v, x.n, x.kv_stride, s);
+  transpose(kt, k, x.n, width, s.dim_pad);
+  probabilities(p, q, kt, x.m, x.n, width, s);
+  gemm(q, s.dim_pad, p, width, 1, v, s.dim_pad, x.m, s.dim_pad, x.n);
+  store_rows(x.out, q, x.m, x.out_stride, s);
+}
+
+// x holds the inputs and, as out, the gradient of the output; d holds the gradients of q, k and v.
+template <typename scalar_t>
+FASTCLIP_INLINE void head_backward(const Head<scalar_t>& x, const Head<scalar_t>& d, float* scratch, const Shape& s) {
+  const int64_t width = round_up(x.n), rows = width * s.dim_pad;
   float *q = scratch, *k = q + rows, *v = k + rows, *dout = v + rows, *grad = dout + rows, *kt = grad + rows, *vt = kt + rows;
   float *p = vt + rows, *ds = p + width * width;
-  load_rows(q, qkv, n, token, s);
-  load_rows(k, qkv + out_token, n, token, s);
-  load_rows(v, qkv + 2 * out_token, n, token, s);
-  load_rows(dout, d_out, n, out_token, s);
-  transpose(kt, k, n, width, s.dim_pad);
-  transpose(vt, v, n, width, s.dim_pad);
-  probabilities(p, q, kt, n, width, s);
-  gemm(ds, width, dout, s.dim_pad, 1, vt, width, n, width, s.dim_pad);  // dP = dO V^T
-  probabilities_backward(ds, p, n, width, s);
-  gemm(grad, s.dim_pad, ds, width, 1, k, s.dim_pad, n, s.dim_pad, n);  // dQ = dS K
-  store_rows(d_qkv, grad, n, token, s);
-  gemm(grad, s.dim_pad, ds, 1, width, q, s.dim_pad, n, s.dim_pad, n);  // dK = dS^T Q
-  store_rows(d_qkv + out_token, grad, n, token, s);
-  gemm(grad, s.dim_pad, p, 1, width, dout, s.dim_pad, n, s.dim_pad, n);  // dV = P^T dO
-  store_rows(d_qkv + 2 * out_token, grad, n, token, s);
+  load_rows(q, x.q, x.m, x.q_stride, s);
+  load_rows(k, x.k, x.n, x.kv_stride, s);
+  load_rows(v, x.v, x.n, x.kv_stride, s);
+  load_rows(dout, x.out, x.m, x.out_stride, s);
+  transpose(kt, k, x.n, width, s.dim_pad);
+  transpose(vt, v, x.n, width, s.dim_pad);
+  probabilities(p, q, kt, x.m, x.n, width, s);
+  gemm(ds, width, dout, s.dim_pad, 1, vt, width, x.m, width, s.dim_pad);  // dP = dO V^T
+  probabilities_backward(ds, p, x.m, width, s);
+  gemm(grad, s.dim_pad, ds, width, 1, k, s.dim_pad, x.m, s.dim_pad, x.n);  // dQ = dS K
+  store_rows(d.q, grad, x.m, x.q_stride, s);
+  gemm(grad, s.dim_pad, ds, 1, width, q, s.dim_pad, x.n, s.dim_pad, x.m);  // dK = dS^T Q
+  store_rows(d.k, grad, x.n, x.kv_stride, s);
+  gemm(grad, s.dim_pad, p, 1, width, dout, s.dim_pad, x.n, s.dim_pad, x.m);  // dV = P^T dO
+  store_rows(d.v, grad, x.n, x.kv_stride, s);
 }
 
-FASTCLIP_MULTIVERSION void run_forward(const float* qkv, float* out, int64_t n, float* scratch, const Shape& s) {
-  head_forward(qkv, out, n, scratch, s);
+FASTCLIP_MULTIVERSION void run(const Head<float>& x, float* scratch, const Shape& s) { head_forward(x, scratch, s); }
+FASTCLIP_MULTIVERSION void run_bf16(const Head<at::BFloat16>& x, float* scratch, const Shape& s) { head_forward(x, scratch, s); }
+FASTCLIP_MULTIVERSION void run_backward(const Head<float>& x, const Head<float>& d, float* scratch, const Shape& s) {
+  head_backward(x, d, scratch, s);
 }
-FASTCLIP_MULTIVERSION void run_forward_bf16(const at::BFloat16* qkv, at::BFloat16* out, int64_t n, float* scratch, const Shape& s) {
-  head_forward(qkv, out, n, scratch, s);
+FASTCLIP_MULTIVERSION void run_backward_bf16(const Head<at::BFloat16>& x, const Head<at::BFloat16>& d, float* scratch, const Shape& s) {
+  head_backward(x, d, scratch, s);
 }
-FASTCLIP_MULTIVERSION void run_backward(const float* d_out, const float* qkv, float* d_qkv, int64_t n, float* scratch, const Shape& s) {
-  head_backward(d_out, qkv, d_qkv, n, scratch, s);
-}
-FASTCLIP_MULTIVERSION void run_backward_bf16(const at::BFloat16* d_out, const at::BFloat16* qkv, at::BFloat16* d_qkv, int64_t n, float* scratch,
-                                             const Shape& s) {
-  head_backward(d_out, qkv, d_qkv, n, scratch, s);
-}
+void dispatch(const Head<float>& x, float* scratch, const Shape& s) { run(x, scratch, s); }
+void dispatch(const Head<at::BFloat16>& x, float* scratch, const Shape& s) { run_bf16(x, scratch, s); }
+void dispatch(const Head<float>& x, const Head<float>& d, float* scratch, const Shape& s) { run_backward(x, d, scratch, s); }
+void dispatch(const Head<at::BFloat16>& x, const Head<at::BFloat16>& d, float* scratch, const Shape& s) { run_backward_bf16(x, d, scratch, s); }
 
-// Calls head(sequence start, length, head index, scratch) for every (sequence, head), in parallel.
-template <typename Head>
-void for_each_head(const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s, int64_t row_buffers, int64_t squares, const Head& head) {
+// The tensors of one call: q alone when pooled (one query a sequence, kv (T, 2, H, D)), else packed qkv (T, 3, H, D).
+struct Tensors {
+  at::Tensor q, kv, out;
+  bool pooled;
+
+  template <typename scalar_t>
+  Head<scalar_t> head(int64_t sequence, int64_t start, int64_t n, int64_t h, const Shape& s) const {
+    const int64_t across = s.heads * s.dim, token = (pooled ? 2 : 3) * across, row = pooled ? sequence : start;
+    auto* keys = static_cast<scalar_t*>(kv.data_ptr()) + start * token + h * s.dim + (pooled ? 0 : across);
+    auto* queries = pooled ? static_cast<scalar_t*>(q.data_ptr()) + sequence * across + h * s.dim : keys - across;
+    auto* outputs = out.defined() ? static_cast<scalar_t*>(out.data_ptr()) + row * across + h * s.dim : nullptr;
+    return {queries, keys, keys + across, outputs, pooled ? 1 : n, n, pooled ? across : token, token, across};
+  }
+};
+
+// Calls head(sequence, start, length, head index, scratch) for every (sequence, head), in parallel.
+template <typename Call>
+void for_each_head(const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s, int64_t row_buffers, int64_t squares, const Call& call) {
   const auto* cu = cu_seqlens.const_data_ptr<int32_t>();
   const int64_t width = round_up(max_seqlen), floats = row_buffers * width * s.dim_pad + squares * width * width;
   at::parallel_for(0, (cu_seqlens.numel() - 1) * s.heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(floats);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t start = cu[item / s.heads], n = cu[item / s.heads + 1] - start;
-      if (n > 0) head(start, n, item % s.heads, scratch.data());
+      const int64_t sequence = item / s.heads, start = cu[sequence], n = cu[sequence + 1] - start;
+      if (n > 0) call(sequence, start, n, item % s.heads, scratch.data());
     }
   });
 }
 
-Shape shape_of(const at::Tensor& qkv, bool causal, double softmax_scale) {
-  const int64_t dim = qkv.size(3);
-  return {qkv.size(2), dim, round_up(dim), static_cast<float>(softmax_scale), causal};
+void forward(const Tensors& x, const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s) {
+  const bool half = x.kv.scalar_type() == at::kBFloat16;
+  for_each_head(cu_seqlens, max_seqlen, s, 4, 1, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
+    if (half)
+      dispatch(x.head<at::BFloat16>(sequence, start, n, h, s), scratch, s);
+    else
+      dispatch(x.head<float>(sequence, start, n, h, s), scratch, s);
+  });
+}
+
+void backward(const Tensors& x, const Tensors& d, const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s) {
+  const bool half = x.kv.scalar_type() == at::kBFloat16;
+  for_each_head(cu_seqlens, max_seqlen, s, 7, 2, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
+    if (half)
+      dispatch(x.head<at::BFloat16>(sequence, start, n, h, s), d.head<at::BFloat16>(sequence, start, n, h, s), scratch, s);
+    else
+      dispatch(x.head<float>(sequence, start, n, h, s), d.head<float>(sequence, start, n, h, s), scratch, s);
+  });
+}
+
+Shape shape_of(const at::Tensor& x, bool causal, double softmax_scale) {
+  const int64_t dim = x.size(3);
+  return {x.size(2), dim, round_up(dim), static_cast<float>(softmax_scale), causal};
 }
 
 }  // namespace
@@ -150,32 +193,35 @@ at::Tensor attention_fwd(const at::Tensor& qkv, const at::Tensor& cu_seqlens, in
   const auto s = shape_of(qkv, causal, softmax_scale);
   const auto x = qkv.contiguous();
   auto out = at::empty({x.size(0), s.heads, s.dim}, x.options());
-  const int64_t out_token = s.heads * s.dim, token = 3 * out_token;
-  for_each_head(cu_seqlens, max_seqlen, s, 4, 1, [&](int64_t start, int64_t n, int64_t h, float* scratch) {
-    const int64_t in = start * token + h * s.dim, to = start * out_token + h * s.dim;
-    if (x.scalar_type() == at::kBFloat16)
-      run_forward_bf16(x.const_data_ptr<at::BFloat16>() + in, out.mutable_data_ptr<at::BFloat16>() + to, n, scratch, s);
-    else
-      run_forward(x.const_data_ptr<float>() + in, out.mutable_data_ptr<float>() + to, n, scratch, s);
-  });
+  forward({{}, x, out, false}, cu_seqlens, max_seqlen, s);
   return out;
 }
 
 at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal,
                          double softmax_scale) {
   const auto s = shape_of(qkv, causal, softmax_scale);
-  const auto x = qkv.contiguous(), dy = d_out.contiguous();
-  auto dx = at::empty_like(x);
-  const int64_t out_token = s.heads * s.dim, token = 3 * out_token;
-  for_each_head(cu_seqlens, max_seqlen, s, 7, 2, [&](int64_t start, int64_t n, int64_t h, float* scratch) {
-    const int64_t in = start * token + h * s.dim, from = start * out_token + h * s.dim;
-    if (x.scalar_type() == at::kBFloat16)
-      run_backward_bf16(dy.const_data_ptr<at::BFloat16>() + from, x.const_data_ptr<at::BFloat16>() + in, dx.mutable_data_ptr<at::BFloat16>() + in,
-                        n, scratch, s);
-    else
-      run_backward(dy.const_data_ptr<float>() + from, x.const_data_ptr<float>() + in, dx.mutable_data_ptr<float>() + in, n, scratch, s);
-  });
-  return dx;
+  const auto x = qkv.contiguous();
+  auto d_qkv = at::empty_like(x);
+  backward({{}, x, d_out.contiguous(), false}, {{}, d_qkv, {}, false}, cu_seqlens, max_seqlen, s);
+  return d_qkv;
+}
+
+at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+                                double softmax_scale) {
+  const auto s = shape_of(kv, false, softmax_scale);
+  const auto queries = q.contiguous(), keys = kv.contiguous();
+  auto out = at::empty_like(queries);
+  forward({queries, keys, out, true}, cu_seqlens, max_seqlen, s);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> pooled_attention_bwd(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& kv,
+                                                        const at::Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale) {
+  const auto s = shape_of(kv, false, softmax_scale);
+  const auto queries = q.contiguous(), keys = kv.contiguous();
+  auto d_q = at::empty_like(queries), d_kv = at::empty_like(keys);
+  backward({queries, keys, d_out.contiguous(), true}, {d_q, d_kv, {}, true}, cu_seqlens, max_seqlen, s);
+  return {d_q, d_kv};
 }
 
 }  // namespace fastclip
