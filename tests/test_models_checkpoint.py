@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models_helpers import RESNET, VIT, captions, images, perturbed
+from safetensors.torch import load_file, save_file
 
 from fastclip.models import CLIP, CLIPConfig, create_model, load_checkpoint, resolve_checkpoint, save_model
 from fastclip.models.checkpoint import load_weights
@@ -40,8 +41,6 @@ def test_a_saved_model_comes_back(tmp_path: Path, config: CLIPConfig) -> None:
 
 
 def test_files_hold_open_clips_names_and_a_scalar_scale(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     model = saved_step(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     assert state["logit_scale"].shape == ()
@@ -54,6 +53,7 @@ def test_files_hold_open_clips_names_and_a_scalar_scale(tmp_path: Path) -> None:
 def test_a_state_dict_with_the_scale_as_it_is_in_memory_can_be_saved(tmp_path: Path) -> None:
     model = CLIP(VIT)
     save_model(tmp_path, {name: p.detach() for name, p in model.named_parameters()}, VIT)
+    assert load_file(tmp_path / "model.safetensors")["logit_scale"].shape == ()
     loaded = load_checkpoint(tmp_path).model
     assert torch.equal(loaded.logit_scale, model.logit_scale)
     assert loaded.logit_scale.shape == (1,)
@@ -82,8 +82,6 @@ def test_a_run_means_the_step_that_latest_names_or_its_last(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_lone_file_needs_the_name_of_its_model(tmp_path: Path, suffix: str) -> None:
-    from safetensors.torch import save_file
-
     model = perturbed(create_model("debug")).eval()
     path = tmp_path / f"weights{suffix}"
     (torch.save if suffix == ".pt" else save_file)(model.state_dict(), path)
@@ -144,6 +142,9 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         create_model(deeper, checkpoint=tmp_path)
     assert "unexpected" not in str(caught.value)
     assert "wrong shape" not in str(caught.value)
+    shallower = replace(VIT, text=replace(VIT.text, layers=1))
+    with pytest.raises(ValueError, match=r"unexpected \(12\): transformer.resblocks.1"):
+        create_model(shallower, checkpoint=tmp_path)
 
 
 def test_unreadable_files_say_so(tmp_path: Path) -> None:
