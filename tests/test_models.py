@@ -197,6 +197,16 @@ def test_bf16_model_stays_near_fp32_and_its_features_are_normalised_in_fp32(conf
         assert (features.float().norm(dim=1) - 1).abs().max() < 2**-9
 
 
+def test_compiles_into_one_graph_for_any_batch() -> None:
+    model = CLIP(VIT)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((3, 12, 7, 1, 5), (4, 4, 9)):
+        image, text = images(VIT, len(lengths)), pack_text(captions(VIT, lengths))
+        outputs, expected = compiled(image, text), model(image, text)
+        torch.testing.assert_close(outputs, expected)
+        assert_same(gradients(model, outputs), gradients(model, expected), 1e-5)
+
+
 def test_debug_learns_its_batch() -> None:
     model = create_model("debug")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -50,13 +50,13 @@ def save_model(
 ) -> None:
     """Write `model.safetensors` and `open_clip_config.json` into `directory`, and copy `extra_files` (name -> source).
 
-    model: the module or its state dict, in whatever dtype it shall be kept.
+    model: the module, wrapped by DDP or torch.compile or not, or its state dict, in the dtype it shall be kept in.
     """
     from safetensors.torch import save_file
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    state = normalize_state_dict(model.state_dict() if isinstance(model, nn.Module) else model)
     state["logit_scale"] = state["logit_scale"].reshape(())
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
