@@ -24,6 +24,7 @@ PHRASES = [
     "\u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
     "emoji \U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 here",
     "fish &amp;amp; chips &lt;3",
+    "<b>black &amp;amp; white</b>",
     "\u201ccurly\u201d \u2018quotes\u2019 \u2026 \ufb01ne \uff21\uff22",
     "mojibake: sch\u00c3\u00b6n",
     "e\u0301 decomposed",

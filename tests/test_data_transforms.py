@@ -47,9 +47,10 @@ def test_a_header_that_promises_too_much_is_refused(monkeypatch: pytest.MonkeyPa
         decode_image(image_file(1))
 
 
-def test_formats_that_can_run_programs_are_not_opened() -> None:
+@pytest.mark.parametrize("form", ["EPS", "TIFF", "PDF", "ICO"])
+def test_formats_beyond_the_four_are_not_opened(form: str) -> None:
     out = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(out, "EPS")
+    Image.new("RGB", (16, 16)).save(out, form)
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_image(out.getvalue())
 
@@ -59,6 +60,11 @@ def test_an_image_of_the_right_size_is_left_alone() -> None:
     pixels = np.asarray(image).transpose(2, 0, 1)
     assert np.array_equal(eval_pixels(image, 16), pixels)
     assert np.array_equal(train_pixels(image, 16, (1, 1), Stream(0)), pixels)
+
+
+def test_without_a_crop_training_sees_what_evaluation_sees() -> None:
+    image = picture(40, 24)
+    assert np.array_equal(train_pixels(image, 16, (1, 1), Stream(0)), eval_pixels(image, 16))
 
 
 def test_random_crops_stay_inside_and_keep_the_asked_area() -> None:
