@@ -1,4 +1,4 @@
-"""Builds csrc/ where a compiler and torch are at hand, and nothing else: everything about the package is in pyproject.toml."""
+"""Builds csrc/ where a compiler and torch are at hand; everything else about the package is in pyproject.toml."""
 
 import runpy
 import sys
@@ -21,7 +21,7 @@ def build_options() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    class OptionalBuild(BuildExtension):  # type: ignore[misc]
+    class OptionalBuild(BuildExtension):
         def run(self) -> None:
             try:
                 super().run()

@@ -1,8 +1,9 @@
 """The compiled CPU kernels of csrc/: their sources and flags, how they are built, and how they are loaded.
 
-setup.py and `fastclip build` compile the same sources with the same flags. Each kernel is compiled for several instruction
-sets and the loader picks the right one (see csrc/cpu/simd.h), so a wheel runs on any machine of its architecture. Nothing
-is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the package.
+setup.py and `fastclip build` compile the same sources with the same flags. Each kernel is compiled for several
+instruction sets and the loader picks the right one (see csrc/cpu/simd.h), so a wheel runs on any machine of its
+architecture. Nothing is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the
+package.
 """
 
 from __future__ import annotations

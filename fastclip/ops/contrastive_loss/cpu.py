@@ -1,4 +1,4 @@
-"""The compiled CPU kernel (csrc/cpu/contrastive_loss.cpp): float32 and bfloat16 features, fp32 arithmetic throughout."""
+"""The compiled CPU kernel (csrc/cpu/contrastive_loss.cpp): float32 and bfloat16 features, all arithmetic in fp32."""
 
 import torch
 from torch import Tensor

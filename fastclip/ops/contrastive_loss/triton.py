@@ -1,0 +1,250 @@
+"""Triton kernels of the contrastive block, for float16, bfloat16 and float32 features of any shape.
+
+Forward, one pass over the logits: program (p, c) owns every P-th block of rows and the c-th part of the columns. A row's
+running (max, sum) stays in registers along its columns; a column's is kept per p in global memory, (P, M), no atomics.
+Backward: `_d_logits_kernel` writes a chunk of dz, bounded whatever N is, and two library products use it. Both kernels make
+their logits by `_logits`, in the same tiles and order, so that exp(z - lse) meets the same z as the lse.
+
+float16 loses small numbers, so dz is brought near 2^15 first and the products are divided again in fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastclip.ops.contrastive_loss.dense import product
+from fastclip.ops.contrastive_loss.types import Statistics
+
+CHUNK_ROWS, CHUNK_COLS = 8192, 32768  # of dz: 512 MB in 16 bits at most
+HALF_RANGE = 2.0**14  # |dz| / max weight is at most 2: 2^15 is below float16's 65504
+EMPTY = tl.constexpr(-1e30)  # the maximum of no logits: finite, so that differences from it are never NaN
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch configuration: a block of logits, the step along D, and how it is run."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def arguments(self) -> dict[str, int]:
+        """As keyword arguments of a kernel."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+TILES = {  # each compiles for sm_80, sm_90 and sm_100 without a spill
+    torch.float16: Tiles(128, 64, 64, num_warps=8, num_stages=3),
+    torch.bfloat16: Tiles(128, 64, 64, num_warps=8, num_stages=3),
+    torch.float32: Tiles(64, 64, 16, num_warps=8, num_stages=2),  # IEEE products on the CUDA cores
+}
+GROUP_M = 8
+
+
+@triton.jit
+def _logits(image, text, scale, start_m, start_n, d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One tile of scale * image @ text^T in fp32, from descriptors: what lies outside the features reads as zero."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_d in range(0, d, BLOCK_D):
+        x = image.load([start_m, start_d])
+        y = text.load([start_n, start_d])
+        acc = tl.dot(x, y.T, acc, input_precision="ieee")
+    return acc * scale
+
+
+@triton.jit
+def _fold(z, highest, total, AXIS: tl.constexpr):
+    """Running (max, sum of exp(z - max)) along AXIS, with z folded in; an empty set is (EMPTY, 0)."""
+    top = tl.maximum(highest, tl.max(z, AXIS))
+    total = total * tl.exp(highest - top) + tl.sum(tl.exp(z - tl.expand_dims(top, AXIS)), AXIS)
+    return top, total
+
+
+@triton.jit
+def _statistics_kernel(
+    image, text, scale_ptr, positive_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+    n, m, d, offset, cols_per_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """row_max, row_sum (C, n) and col_max, col_sum (P, M) of the negatives of each program (p, c); positive (n,).
+
+    col_max and col_sum come in as those of an empty set, EMPTY and 0.
+    """
+    pid, part = tl.program_id(0), tl.program_id(1)
+    scale = tl.load(scale_ptr)
+    first_col, last_col = part * cols_per_part, tl.minimum((part + 1) * cols_per_part, m)
+    row_base, col_base = part.to(tl.int64) * n, pid.to(tl.int64) * m
+    for start_m in range(pid * BLOCK_M, n, tl.num_programs(0) * BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        label = offs_m + offset
+        row_max = tl.full((BLOCK_M,), EMPTY, tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for start_n in range(first_col, last_col, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            z = _logits(image, text, scale, start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D)
+            is_positive = label[:, None] == offs_n[None, :]
+            if (start_n < start_m + offset + BLOCK_M) & (start_m + offset < start_n + BLOCK_N):
+                own = (offs_m < n) & (label >= start_n) & (label < start_n + BLOCK_N)
+                tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_positive, z, 0.0), 1), mask=own)
+            outside = (offs_m >= n)[:, None] | (offs_n >= m)[None, :]
+            z = tl.where(is_positive | outside, float("-inf"), z)
+            row_max, row_sum = _fold(z, row_max, row_sum, 1)
+
+            mask_n = offs_n < m
+            col_max = tl.load(col_max_ptr + col_base + offs_n, mask=mask_n, other=EMPTY)
+            col_sum = tl.load(col_sum_ptr + col_base + offs_n, mask=mask_n, other=0.0)
+            col_max, col_sum = _fold(z, col_max, col_sum, 0)
+            tl.store(col_max_ptr + col_base + offs_n, col_max, mask=mask_n)
+            tl.store(col_sum_ptr + col_base + offs_n, col_sum, mask=mask_n)
+        tl.store(row_max_ptr + row_base + offs_m, row_max, mask=offs_m < n)
+        tl.store(row_sum_ptr + row_base + offs_m, row_sum, mask=offs_m < n)
+        tl.debug_barrier()  # the next block of rows reads the column sums that other threads of this program stored
+
+
+@triton.jit
+def _d_logits_kernel(
+    image, text, scale_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, d_logits_ptr,
+    n, m, d, diagonal, stride_dm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j), (n, m), zero in column diagonal + i of row i."""
+    blocks_m, blocks_n = tl.cdiv(n, BLOCK_M), tl.cdiv(m, BLOCK_N)
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * blocks_n) * GROUP_M  # GROUP_M blocks of rows share their columns in the cache
+    group = tl.minimum(blocks_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * blocks_n)
+    start_m, start_n = (first_m + within % group) * BLOCK_M, within // group * BLOCK_N
+    z = _logits(image, text, tl.load(scale_ptr), start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < n, offs_n < m
+    row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=float("inf"))
+    d_row = tl.load(d_row_ptr + offs_m, mask=mask_m, other=0.0)
+    d_col = tl.load(d_col_ptr + offs_n, mask=mask_n, other=0.0)
+    d_z = d_row[:, None] * tl.exp(z - row_lse[:, None]) + d_col[None, :] * tl.exp(z - col_lse[None, :])
+    d_z = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, d_z)
+    d_ptrs = d_logits_ptr + offs_m.to(tl.int64)[:, None] * stride_dm + offs_n[None, :]
+    tl.store(d_ptrs, d_z.to(d_logits_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs keep the device busy; a few off the GPU, where the interpreter runs them in turn."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _merge(highest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(max, log sum) over the parts (K, x) of each row or column."""
+    top = highest.amax(0)
+    total = (total * (highest - top).exp_()).sum(0)
+    return top.masked_fill_(total == 0, -torch.inf), total.log_()
+
+
+def _descriptors(image: Tensor, text: Tensor, tiles: Tiles) -> tuple[TensorDescriptor, TensorDescriptor]:
+    return (
+        TensorDescriptor.from_tensor(image, [tiles.block_m, tiles.block_d]),
+        TensorDescriptor.from_tensor(text, [tiles.block_n, tiles.block_d]),
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy with its rows padded by zeros, so that rows start at multiples of 16 bytes as descriptors need."""
+    step = 16 // x.element_size()
+    return F.pad(x, (0, -x.shape[1] % step)).contiguous()
+
+
+def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
+    """As `reference.statistics`."""
+    image, text, tiles = _aligned(image_features), _aligned(text_features), TILES[image_features.dtype]
+    (n, d), m, programs = image.shape, text.shape[0], _programs(image.device)
+    rows = min(programs, triton.cdiv(n, tiles.block_m))
+    cols_per_part = triton.cdiv(triton.cdiv(m, tiles.block_n), max(1, programs // rows)) * tiles.block_n
+    parts = triton.cdiv(m, cols_per_part)
+    positive = logit_scale.new_empty(n)
+    row_max, row_sum = logit_scale.new_empty(2, parts, n)
+    col_max, col_sum = logit_scale.new_full((rows, m), EMPTY.value), logit_scale.new_zeros(rows, m)
+    with _on(image.device):
+        _statistics_kernel[(rows, parts)](
+            *_descriptors(image, text, tiles), logit_scale, positive, row_max, row_sum, col_max, col_sum,
+            n, m, d, offset, cols_per_part, **tiles.arguments(),
+        )  # fmt: skip
+    return Statistics(positive, *_merge(row_max, row_sum), *_merge(col_max, col_sum))
+
+
+def negative_gradients(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    d_row_lse: Tensor,
+    d_col_lse: Tensor,
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.negative_gradients`."""
+    n, m, dtype = image_features.shape[0], text_features.shape[0], image_features.dtype
+    unit = torch.maximum(d_row_lse.abs().max(), d_col_lse.abs().max()).clamp_min_(torch.finfo(torch.float32).tiny)
+    unit = unit / HALF_RANGE if dtype == torch.float16 else torch.ones_like(unit)
+    d_row, d_col = d_row_lse / unit, d_col_lse / unit
+    image, text = _aligned(image_features), _aligned(text_features)
+    grad_image, grad_text = (torch.zeros_like(x, dtype=torch.float32) for x in (image_features, text_features))
+    scratch = image.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
+    for i in range(0, n, CHUNK_ROWS):
+        rows = slice(i, min(i + CHUNK_ROWS, n))
+        for j in range(0, m, CHUNK_COLS):
+            cols = slice(j, min(j + CHUNK_COLS, m))
+            d_logits = scratch[: rows.stop - i, : cols.stop - j]
+            weights = (row_lse[rows], col_lse[cols], d_row[rows], d_col[cols])
+            _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, *weights, offset + i - j)
+            grad_image[rows] += product(d_logits, text_features[cols])
+            grad_text[cols] += product(d_logits.T, image_features[rows])
+    return grad_image.mul_(unit), grad_text.mul_(unit)
+
+
+def _fill_d_logits(
+    d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, row_lse: Tensor, col_lse: Tensor,
+    d_row: Tensor, d_col: Tensor, diagonal: int,
+) -> None:  # fmt: skip
+    (n, d), m, tiles = image.shape, text.shape[0], TILES[image.dtype]
+    grid = (triton.cdiv(n, tiles.block_m) * triton.cdiv(m, tiles.block_n),)
+    with _on(image.device):
+        _d_logits_kernel[grid](
+            *_descriptors(image, text, tiles), logit_scale, row_lse, col_lse, d_row, d_col, d_logits,
+            n, m, d, diagonal, d_logits.stride(0), **tiles.arguments(), GROUP_M=GROUP_M,
+        )  # fmt: skip
+
+
+def configurations() -> list[dict[str, Any]]:
+    """Every kernel in every launch configuration, as `fastclip.testing.compile_offline` takes them."""
+    cases = []
+    for dtype, tiles in TILES.items():
+        name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        special = {
+            "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
+            "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
+            "d_logits_ptr": f"*{name}",
+        }
+        for kernel, more in ((_statistics_kernel, {}), (_d_logits_kernel, {"GROUP_M": GROUP_M})):
+            types = {arg: special.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
+            arguments = tiles.arguments() | more
+            options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+            cases.append({"kernel": kernel, "types": types, "constants": arguments, "options": options})
+    return cases
