@@ -22,6 +22,7 @@ from fastclip.data.demo import GENERATOR_VERSION, write_demo
 from fastclip.data.demo.captions import NUMBER_WORDS, ZERO_SHOT_TEMPLATES, scene_captions
 from fastclip.data.demo.digits import load_digits, split_digits
 from fastclip.data.demo.render import COLOUR, GROUND, render_scene
+from fastclip.data.demo.samples import Part
 from fastclip.data.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -35,7 +36,6 @@ from fastclip.data.demo.scenes import (
     held_out_scenes,
     train_scene,
 )
-from fastclip.data.demo.write import Part
 from fastclip.data.streams import Stream, hash64, permutation
 
 # Generator version 1 is frozen: these never change while GENERATOR_VERSION is 1.

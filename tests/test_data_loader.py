@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import pickle
+import signal
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -123,6 +127,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
     assert bool(one.skipped) == bool(broken)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     # one shard and three workers: samples are read by place, so that is no problem
@@ -130,6 +135,13 @@ def test_workers_change_nothing(tmp_path: Path, tokenizer: Tokenizer, workers: i
     plain, loader = make(data, tokenizer), make(data, tokenizer, workers=workers)
     assert_same(take(loader, 12), take(plain, 12))
     assert loader.skipped == plain.skipped
+
+
+def test_a_copy_in_another_process_is_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    loader = make(write_samples(tmp_path / "data", 12), tokenizer)
+    loader[0]  # opens files, which do not travel
+    again = pickle.loads(pickle.dumps(loader))
+    assert_same([again[step] for step in range(4)], [loader[step] for step in range(4)])
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5, 7])
@@ -230,6 +242,18 @@ def test_training_does_not_read_held_out_shards(tmp_path: Path, tokenizer: Token
     write_shard(data / "scenes_test-00000.tar", [sample(n) for n in range(50, 60)])
     loader = make(data, tokenizer)
     assert loader.num_samples == 12
+
+
+def test_signals_to_the_whole_group_do_not_end_the_workers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    batches = make(write_samples(tmp_path / "data", 12), tokenizer, workers=1).batches()
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    assert [next(batches)["epoch"] for _ in range(5)] == [0, 1, 1, 2, 2]
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 def test_the_sampler_starts_anywhere() -> None:

@@ -7,6 +7,7 @@ may be more workers or ranks than shards. The last `num_samples % global_batch` 
 out, other ones each epoch.
 """
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
@@ -120,6 +121,7 @@ class Loader(Dataset[Batch]):
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
             collate_fn=_unchanged,
+            worker_init_fn=_leave_signals_to_parent,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in stream:
@@ -201,6 +203,12 @@ class Loader(Dataset[Batch]):
         except ValueError as error:
             raise BrokenSample("unreadable_image") from error
         return sample.key, train_pixels(image, self.image_size, self.crop_scale, stream), caption
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A signal to the whole process group stops the trainer in order, and that one still wants a batch or ends us."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:
