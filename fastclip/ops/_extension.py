@@ -33,12 +33,13 @@ def missing() -> str | None:
     return None
 
 
-def extension() -> Any:
-    """The setuptools Extension of csrc/."""
+def extension(root: str = "") -> Any:
+    """The setuptools Extension of csrc/; `root` is put before its paths, which are relative to the checkout."""
     from torch.utils.cpp_extension import CppExtension
 
-    headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
-    return CppExtension("fastclip._C", list(SOURCES), depends=headers, extra_compile_args=list(FLAGS))
+    sources = [str(Path(root, source)) for source in SOURCES]
+    headers = [str(Path(root, path.relative_to(ROOT))) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    return CppExtension("fastclip._C", sources, depends=headers, extra_compile_args=list(FLAGS))
 
 
 def build() -> Path:
@@ -54,7 +55,7 @@ def build() -> Path:
     from torch.utils.cpp_extension import BuildExtension
 
     with tempfile.TemporaryDirectory() as temporary:
-        distribution = Distribution({"name": "fastclip", "ext_modules": [extension()]})
+        distribution = Distribution({"name": "fastclip", "ext_modules": [extension(str(ROOT))]})
         command = BuildExtension(distribution)
         command.build_lib, command.build_temp = str(ROOT), temporary
         command.ensure_finalized()

@@ -1,0 +1,58 @@
+"""Processes for the tests of losses across ranks, and the dense formulas they are compared with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 120  # seconds
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _worker(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        queue.put((rank, function(*arguments), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(*arguments) in `world_size` gloo processes; its results, plain Python or NumPy, by rank."""
+    context = multiprocessing.get_context("spawn")
+    queue, port = context.Queue(), free_port()
+    processes = [
+        context.Process(target=_worker, args=(rank, world_size, port, function, arguments, queue), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results = {}
+    try:
+        for _ in processes:
+            rank, result, error = queue.get(timeout=TIMEOUT)
+            assert error is None, f"rank {rank}:\n{error}"
+            results[rank] = result
+        for process in processes:
+            process.join(TIMEOUT)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world_size)]

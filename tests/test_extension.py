@@ -1,0 +1,66 @@
+"""Building csrc/: the sources, the reasons it is left out, and what is loaded."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastclip.ops import _extension
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    _extension.load.cache_clear()
+    yield
+    _extension.load.cache_clear()
+
+
+def test_every_source_is_listed() -> None:
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+    assert found == set(_extension.SOURCES)
+
+
+def test_what_was_built_loads() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    assert _extension.load() is None
+    assert torch.__version__.startswith(torch.ops.fastclip_cpu.torch_version())
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    assert "not built (run `fastclip build`)" in str(_extension.load())
+    _extension.load.cache_clear()
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    assert "_C.so cannot be loaded" in str(_extension.load())
+    monkeypatch.setattr(_extension, "ROOT", tmp_path)
+    assert "the sources are not in" in str(_extension.missing())
+    with pytest.raises(RuntimeError, match="cannot be built: the sources are not in"):
+        _extension.build()
+
+
+def test_without_a_compiler_setup_leaves_the_kernels_out(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "setup.py"), "--name"]
+    result = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the compiled CPU kernels are left out, everything else works: there is no C++ compiler" in result.stderr
+
+
+@pytest.mark.long
+def test_build_makes_a_library_that_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(_extension, "ROOT", tmp_path)
+    library = _extension.build()
+    assert library.parent == tmp_path / "fastclip"
+    code = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.fastclip_cpu.torch_version())"
+    subprocess.run([sys.executable, "-c", code], check=True)
