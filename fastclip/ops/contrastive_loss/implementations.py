@@ -12,8 +12,9 @@ from fastclip.ops.contrastive_loss.dense import MAX_ELEMENTS
 
 OP = "contrastive_loss"
 IMPLS = ("reference", "dense", "cpu", "triton")
-# Up to here the launches of the chunked paths cost more than the matrix. On the CPU (2 cores, fp32 and bf16, D = 128 and
-# 512, N = 64 to 4096) "cpu" was never behind "dense", nor "dense" behind "reference" up to N = 1024. CUDA is not measured.
+# Up to here the launches of the chunked paths cost more than the matrix. On the CPU (2 cores, fp32 and bf16, D = 128
+# and 512, N = 64 to 4096) "cpu" was never behind "dense", nor "dense" behind "reference" up to N = 1024. CUDA is not
+# measured.
 DENSE_UP_TO = 1 << 20
 
 

@@ -1,9 +1,10 @@
 """Triton kernels of the contrastive block, for float16, bfloat16 and float32 features of any shape.
 
-Forward, one pass over the logits: program (p, c) owns every P-th block of rows and the c-th part of the columns. A row's
-running (max, sum) stays in registers along its columns; a column's is kept per p in global memory, (P, M), no atomics.
-Backward: `_d_logits_kernel` writes a chunk of dz, bounded whatever N is, and two library products use it. Both kernels make
-their logits by `_logits`, in the same tiles and order, so that exp(z - lse) meets the same z as the lse.
+Forward, one pass over the logits: program (p, c) owns every P-th block of rows and the c-th part of the columns. A
+row's running (max, sum) stays in registers along its columns; a column's is kept per p in global memory, (P, M),
+without atomics. Backward: `_d_logits_kernel` writes a chunk of dz, bounded whatever N is, which two library products
+use. Both kernels make their logits by `_logits`, in the same tiles and order, so that exp(z - lse) meets the same z as
+the lse.
 
 float16 loses small numbers, so dz is brought near 2^15 first and the products are divided again in fp32.
 """
@@ -54,7 +55,10 @@ GROUP_M = 8
 
 
 @triton.jit
-def _logits(image, text, scale, start_m, start_n, d, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _logits(
+    image, text, scale, start_m, start_n, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One tile of scale * image @ text^T in fp32, from descriptors: what lies outside the features reads as zero."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_d in range(0, d, BLOCK_D):
@@ -119,7 +123,7 @@ def _d_logits_kernel(
     n, m, d, diagonal, stride_dm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j), (n, m), zero in column diagonal + i of row i."""
+    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j), zero in column diagonal + i of row i."""
     blocks_m, blocks_n = tl.cdiv(n, BLOCK_M), tl.cdiv(m, BLOCK_N)
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * blocks_n) * GROUP_M  # GROUP_M blocks of rows share their columns in the cache
