@@ -161,7 +161,9 @@ def _split(batch: Any, size: int, name: str) -> list[Any]:
     if isinstance(batch, dict):
         columns = {key: _split(part, size, name) for key, part in batch.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    raise ValueError(f"the inputs of {name} must be a tensor, or a tuple or dict of tensors, was {type(batch).__name__}")
+    raise ValueError(
+        f"the inputs of {name} must be a tensor, or a tuple or dict of tensors, was {type(batch).__name__}"
+    )
 
 
 def _joined(calls: list[_Call]) -> Outputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,36 @@ def both_ways(local_loss: bool, gather_with_grad: bool) -> tuple[list[Any], list
 @pytest.mark.parametrize("gather_with_grad", [False, True])
 def test_clip_loss_gathers_as_open_clip(local_loss: bool, gather_with_grad: bool) -> None:
     ranks = run_on_ranks(2, both_ways, local_loss, gather_with_grad)
+    for ours, theirs in ranks:
+        for mine, other in zip(ours[:3], theirs[:3], strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-14)
+    ours, theirs = (np.mean([rank[way][3] for rank in ranks]) for way in (0, 1))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+def open_clip_loss() -> Any:
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("empty"))  # fails beside this torch
+    return pytest.importorskip("open_clip.loss", reason="open_clip is not installed", exc_type=ImportError).ClipLoss
+
+
+def with_open_clip(local_loss: bool, gather_with_grad: bool) -> tuple[list[Any], list[Any]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    image, text, scale = clip_features(N, D, dtype=torch.float64, scale=SCALE)
+    leaves = (own(image), own(text), scale)
+    results = []
+    for module in (ClipLoss, open_clip_loss()):
+        loss = module(local_loss, gather_with_grad, cache_labels=True, rank=rank, world_size=world_size)
+        results.append([x.numpy() for x in value_and_gradients(loss, leaves)])
+    return results[0], results[1]
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("local_loss", [False, True])
+@pytest.mark.parametrize("gather_with_grad", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_clip_loss_is_open_clips(world_size: int, local_loss: bool, gather_with_grad: bool) -> None:
+    open_clip_loss()
+    ranks = run_on_ranks(world_size, with_open_clip, local_loss, gather_with_grad)
     for ours, theirs in ranks:
         for mine, other in zip(ours[:3], theirs[:3], strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-14)

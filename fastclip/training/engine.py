@@ -1,0 +1,61 @@
+"""What the loop needs of an engine, and the choice between DeepSpeed and plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastclip.models.clip import CLIP
+from fastclip.training.config import TrainConfig
+from fastclip.training.processes import Processes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class StepResult(NamedTuple):
+    """What became of one optimizer step."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model under an optimizer: many backwards, one reduction over the ranks, one step."""
+
+    dtype: torch.dtype
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+        """CLIP.forward(image, text, output_dict=True) through whatever wraps the model."""
+
+    def train(self, mode: bool) -> None: ...
+
+    def set_boundary(self, is_last: bool) -> None:
+        """Before each backward: whether it is the step's last."""
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Accumulates the gradient of a scalar, undivided."""
+
+    def step(self, lr_factor: float) -> StepResult:
+        """Averages the gradient over the ranks and updates the weights, with this share of the peak learning rates."""
+
+    def save_state(self, directory: Path) -> None:
+        """Everything that a bit-equal continuation needs; called on every rank."""
+
+    def load_state(self, directory: Path) -> None: ...
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The fp32 weights on the CPU, whole; called on every rank."""
+
+
+def build_engine(model: CLIP, config: TrainConfig, processes: Processes, ds_config: dict[str, Any] | None) -> Engine:
+    """The engine of `config`; `ds_config` is DeepSpeed's, None for engine "torch"."""
+    if ds_config is None:
+        from fastclip.training.torch_engine import TorchEngine
+
+        return TorchEngine(model, config, processes)
+    from fastclip.training.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, config, processes, ds_config)
