@@ -1,0 +1,1 @@
+"""The `fastclip` command: `main` knows the verbs, every verb is one file and a thin call into the other rooms."""

@@ -1,0 +1,103 @@
+"""What is known to clash or to surprise, judged from the facts of `machine.inspect_machine`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+DEEPSPEED = "0.19.8"
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
+
+
+class Note(NamedTuple):
+    """`level`: "clash" for what will fail or be wrong, "note" for what is good to know."""
+
+    level: str
+    about: str
+    text: str
+
+
+def clashes(facts: dict[str, Any]) -> list[Note]:
+    """Every clash and note that the facts give rise to, the clashes first."""
+    found = [*_torch(facts), *_deepspeed(facts), *_triton(facts), *_optional(facts)]
+    return sorted(found, key=lambda note: note.level != "clash")
+
+
+def _torch(facts: dict[str, Any]) -> Iterator[Note]:
+    torch, broken = _installed(facts, "torch"), dict(facts["broken"])
+    for package, need in facts["needs_torch"].items():
+        if torch and not _fits(torch, need):
+            error = broken.pop(package, None)
+            text = f"{package} was built for {need}, this is torch {torch}"
+            text += f" (importing it says: {error})" if error else ""
+            yield Note("clash", package, f"{text}: install the {package} of this torch, or remove it")
+    for package, error in broken.items():
+        yield Note("clash", package, f"{package} is installed but cannot be imported: {error}")
+    if facts["kernels"]:
+        level = "clash" if "built for" in facts["kernels"] else "note"
+        yield Note(level, "kernels", f"training on the CPU is slower: {facts['kernels']}")
+    if not facts["compiler"]:
+        yield Note("note", "compiler", "there is no C++ compiler: `fastclip build` and DeepSpeed on the CPU need g++")
+
+
+def _deepspeed(facts: dict[str, Any]) -> Iterator[Note]:
+    version = _installed(facts, "deepspeed")
+    if version is None:
+        yield Note("note", "deepspeed", "deepspeed is not installed: train with --engine torch, without ZeRO")
+        return
+    if _numbers(version) < _numbers(DEEPSPEED):
+        text = f"deepspeed {version} is older than {DEEPSPEED}, which training is tested with"
+        yield Note("clash", "deepspeed", f"{text}: pip install 'deepspeed>={DEEPSPEED}'")
+    yield Note(
+        "note",
+        "deepspeed",
+        "DeepSpeed clips gradients to norm 1.0 where its JSON leaves gradient_clipping out; `fastclip train` always "
+        "writes it (--grad-clip, 0 by default), a JSON of your own should too",
+    )
+
+
+def _triton(facts: dict[str, Any]) -> Iterator[Note]:
+    if facts["gpus"]:
+        if _installed(facts, "triton") is None:
+            yield Note("clash", "triton", "there is a GPU but no triton: the fused GPU kernels cannot run")
+    elif _installed(facts, "triton"):
+        yield Note(
+            "note",
+            "triton",
+            "without a GPU Triton kernels run in the interpreter only (TRITON_INTERPRET=1): to test, not to train; "
+            "fp32 and fp16 are right there, bf16 products are not",
+        )
+
+
+def _optional(facts: dict[str, Any]) -> Iterator[Note]:
+    if facts["apex_is_nvidias"] is False:
+        text = "the installed `apex` is another project of that name from PyPI, not NVIDIA's"
+        yield Note("clash", "apex", f"{text}, which is built from github.com/NVIDIA/apex: pip uninstall apex")
+    if _installed(facts, "xformers") and not facts["gpus"]:
+        yield Note("note", "xformers", "xformers has no attention operator for the CPU: it is of no use here")
+
+
+def _installed(facts: dict[str, Any], package: str) -> str | None:
+    return facts["packages"].get(package, (None, ""))[0]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _fits(version: str, need: str) -> bool:
+    """Whether `version` meets every plain comparison of `need` ("torch>=2.10,<3"); others are taken as met."""
+    for sign, wanted in re.findall(r"(==|>=|<=|<|>)([\d.]+)", need):
+        numbers = _numbers(wanted)
+        if not _COMPARE[sign](_numbers(version)[: len(numbers)], numbers):
+            return False
+    return True
