@@ -1,17 +1,13 @@
-"""What the tests of the data room share: tiny images, tiny shards, a tiny tokenizer, open_clip as a peer."""
+"""What the tests of the data room share: tiny images, tiny shards, a tiny tokenizer."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from fastclip.data import Tokenizer, train_tokenizer, write_shard
@@ -51,10 +47,3 @@ def write_samples(directory: Path, count: int, shards: int = 3, **broken: Any) -
 def small_tokenizer(directory: Path, context_length: int = 16) -> Tokenizer:
     """A tokenizer that knows WORDS."""
     return train_tokenizer([" ".join(WORDS)] * 3, directory / "tokenizer.json", 600, context_length)
-
-
-def open_clip_module(name: str) -> types.ModuleType:
-    """A module of open_clip; torchvision has no build beside the pinned torch, its operators are not needed."""
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
-    pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
-    return importlib.import_module(name)

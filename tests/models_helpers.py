@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
-import pytest
 import torch
+from peers import open_clip_module
 from torch import Tensor, nn
 
 from fastclip.models import CLIPConfig, TextConfig, VisionConfig
@@ -68,7 +65,4 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 def open_clip_model(config: CLIPConfig) -> nn.Module:
     """open_clip's CLIP of the same config, with random weights."""
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("empty"))  # fails beside this torch
-    model = pytest.importorskip("open_clip.model", reason="open_clip is not installed", exc_type=ImportError)
-    cfg = config.to_dict()["model_cfg"]
-    return model.CLIP(**cfg)
+    return open_clip_module("open_clip.model").CLIP(**config.to_dict()["model_cfg"])

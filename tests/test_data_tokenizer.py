@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import WORDS, open_clip_module, small_tokenizer
+from data_helpers import WORDS, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peers import open_clip_module
 
 from fastclip.data.tokenizer import Tokenizer, clip_tokenizer, get_tokenizer, train_tokenizer
 

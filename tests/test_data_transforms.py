@@ -7,7 +7,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from data_helpers import image_file, open_clip_module
+from data_helpers import image_file
+from peers import open_clip_module
 from PIL import Image
 
 from fastclip.data.streams import Stream

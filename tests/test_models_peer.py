@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models_helpers import RESNET, VIT, assert_same, captions, gradients, images, open_clip_model, perturbed
+from peers import open_clip_module
 
 from fastclip.models import CLIP, CLIPConfig, create_model, load_checkpoint, save_model
 
@@ -56,8 +57,9 @@ def test_initialisation_has_open_clips_spread(config: CLIPConfig) -> None:
 def test_open_clip_reads_our_folder_and_we_read_its_checkpoint(tmp_path) -> None:
     ours = perturbed(create_model(VIT)).eval()
     save_model(tmp_path, ours, VIT)
-    factory = pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
-    theirs = factory.create_model(f"local-dir:{tmp_path}", pretrained=str(tmp_path / "model.safetensors")).eval()
+    theirs = (
+        open_clip_module().create_model(f"local-dir:{tmp_path}", pretrained=str(tmp_path / "model.safetensors")).eval()
+    )
     image, text = images(VIT), captions(VIT)
     torch.testing.assert_close(theirs(image, text)[:2], ours(image, text)[:2], rtol=1e-5, atol=1e-6)
 

@@ -1,0 +1,1 @@
+"""Calls that other packages' users know, over the rooms below."""
