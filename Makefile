@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 	@command -v git >/dev/null || { echo "git is missing: apt-get install git"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python >= 3.10 is needed: set PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
-	@echo "Installing into $(VENV) (about a minute)"
+	@echo "Installing into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja triton
 	@$(PIP) --no-build-isolation -e '.[train,eval,dev]'
