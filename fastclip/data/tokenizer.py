@@ -187,8 +187,8 @@ def train_tokenizer(
     if vocab_size < 514:
         raise ValueError(f"vocab_size: must be at least 514 (bytes twice, start, end), was {vocab_size}")
     rust = _pipeline(models.BPE(end_of_word_suffix=_END_OF_WORD))
-    # Pairs of equal count are merged in the order of their letters' ids. Only special tokens get theirs in a fixed order:
-    # the trainer numbers an alphabet of its own, and letters that end a word, as its hash table happens to hold them.
+    # Pairs of equal count are merged in the order of their letters' ids. Only special tokens get theirs in a fixed
+    # order: the trainer numbers an alphabet, and the letters that end a word, as its hash table happens to hold them.
     letters = [letter + end for end in ("", _END_OF_WORD) for letter in _byte_letters()]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=letters, end_of_word_suffix=_END_OF_WORD, show_progress=False
