@@ -94,8 +94,8 @@ class Preprocess:
     """
 
     image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     crop_scale: tuple[float, float] | None = None
 
     def __call__(self, image: "Image") -> Tensor:

@@ -28,7 +28,7 @@ def demo() -> TrainConfig:
 
 
 def clip() -> TrainConfig:
-    """ViT-B/32 as in Radford et al. 2021 (arXiv 2103.00020), tables 18 and 19: batch 32,768, 32 epochs of 400 M pairs."""
+    """ViT-B/32 as in Radford et al. 2021 (arXiv 2103.00020, tables 18, 19): batch 32,768, 32 epochs of 400 M pairs."""
     return TrainConfig(
         model="ViT-B-32-quickgelu",
         global_batch=32_768,
