@@ -9,7 +9,7 @@ out, other ones each epoch.
 
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import count
 from typing import Any
 
@@ -112,7 +112,7 @@ class Loader(Dataset[Batch]):
         """Whole global batches in an epoch."""
         return self.num_samples // self.global_batch
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches of step `start_step` and all later ones, without end; closing the generator ends the workers."""
         stream = DataLoader(
             self,

@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastclip.errors import UserError
-from fastclip.training.config import TrainConfig, read_config
+from fastclip.training.config import TrainConfig, read_config, with_values
 from fastclip.training.recipes import RECIPES, get_recipe
 
 USAGE = f"""Train CLIP on image-text pairs.
 
 Starts from a recipe (--recipe {{{",".join(RECIPES)}}}), then a YAML file (--config FILE), then the options below.
-Run it as `python -m fastclip.training` or `fastclip train` (one process), `torchrun --nproc_per_node N -m fastclip.training`
-or `deepspeed --module fastclip.training` (all GPUs; on a CPU add --num_accelerators N and set DS_ACCELERATOR=cpu)."""
+With --resume and neither of the two it starts from the config of the run that it goes on with.
+Run it as `python -m fastclip.training` or `fastclip train` (one process), `torchrun --nproc_per_node N -m
+fastclip.training`, or `deepspeed --module fastclip.training` (all GPUs; on a CPU add --num_accelerators N and set
+DS_ACCELERATOR=cpu), which `python -m fastclip.training.launch` does with what the machine has."""
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The config that the command line asks for."""
+def parse(arguments: Sequence[str], aloud: bool = True) -> TrainConfig:
+    """The config that the command line asks for; what tyro finds wrong it has told already, where `aloud`."""
     import argparse
+    import contextlib
+    import io
 
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="fastclip train")
+    for option in ("--recipe", "--config", "--resume", "--out"):
+        first.add_argument(option)
     first.add_argument("--local_rank", "--local-rank")  # the launchers add it; the environment says the same
-    chosen, rest = first.parse_known_args(list(arguments))
-    config = get_recipe(chosen.recipe) if chosen.recipe else TrainConfig()
-    if chosen.config:
-        config = read_config(chosen.config, config)
-    return tyro.cli(TrainConfig, default=config, args=rest, prog="fastclip train", description=USAGE)
+    try:
+        chosen, rest = first.parse_known_args(list(arguments))
+        config = get_recipe(chosen.recipe) if chosen.recipe else TrainConfig()
+        resumed_config = _config_of_run(chosen.resume, chosen.out)
+        if chosen.config:
+            config = read_config(chosen.config, config)
+        elif resumed_config and not chosen.recipe:
+            config = with_values(read_config(resumed_config, config), {"resume": ""}, "")
+        given = {"resume": chosen.resume, "out": chosen.out}
+        config = with_values(config, {key: value for key, value in given.items() if value is not None}, "options")
+        with contextlib.nullcontext() if aloud else contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(TrainConfig, default=config, args=rest, prog="fastclip train", description=USAGE)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError("the options are not understood, nothing was started") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line on stderr), 1 a fault."""
+    """Exit status: 0 done, 2 a user's mistake (told once, by the first rank), 1 a fault, 130 after Ctrl-C."""
+    is_first, is_launched = os.environ.get("RANK", "0") == "0", "RANK" in os.environ
+    config, mistake, processes = None, None, None
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        try:
+            config = parse(sys.argv[1:] if arguments is None else arguments, aloud=is_first)
+        except UserError as error:
+            mistake = error
+            if not is_launched:
+                raise
         from fastclip.training.loop import train
+        from fastclip.training.processes import start_processes, stop_processes
 
-        train(config)
-    except (UserError, ValueError, FileNotFoundError) as error:
-        print(f"fastclip train: {error}", file=sys.stderr)
-        return 2
+        processes = start_processes()
+        processes.raise_together(mistake)
+        assert config is not None
+        train(config, processes)
+    except UserError as error:
+        _say(str(error), is_first)
+        status = 2
+    except KeyboardInterrupt:
+        _say("interrupted", is_first)
+        status = 130
     except Exception:
         traceback.print_exc()
-        return 1
-    return 0
+        return 1  # without waiting for ranks that may be anywhere
+    else:
+        status = 0
+    if processes:
+        processes.barrier()  # a launcher ends all ranks as soon as one has left with an error
+        stop_processes()
+    return status
+
+
+def _say(message: str, is_first: bool) -> None:
+    if is_first:
+        print(f"fastclip train: {message}", file=sys.stderr, flush=True)
+
+
+def _config_of_run(resume: str | None, out: str | None) -> Path | None:
+    """The config.yaml of the run that is to go on: of --out for "latest", else of the run or step folder."""
+    if not resume:
+        return None
+    folder = Path(out or "") if resume == "latest" else Path(resume)
+    beside = (folder / "config.yaml", folder.parent.parent / "config.yaml")
+    return next((path for path in beside if (resume != "latest" or out) and path.is_file()), None)
 
 
 if __name__ == "__main__":

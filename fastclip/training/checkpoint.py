@@ -1,10 +1,10 @@
 """Checkpoints that are whole or not there: written aside, hashed, flushed to disk, renamed, and only then named latest.
 
-    runs/x/latest                                   the name of the newest step folder
-    runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the sha256 of every file
-                                     model.safetensors, open_clip_config.json, tokenizer.json: a model to use anywhere
-                                     data.json      where the loader and the run stood
-                                     state/         what the engine needs to go on, bit for bit
+runs/x/latest                                   the name of the newest step folder
+runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the sha256 of every file
+                                 model.safetensors, open_clip_config.json, tokenizer.json: a model to use anywhere
+                                 data.json      where the loader and the run stood
+                                 state/         what the engine needs to go on, bit for bit
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastclip.data import Tokenizer
 from fastclip.errors import UserError
 from fastclip.models.checkpoint import LATEST, STEPS, resolve_checkpoint, save_model
 from fastclip.models.config import CLIPConfig
@@ -27,92 +28,98 @@ from fastclip.training.processes import Processes
 
 MANIFEST, DATA, STATE = "manifest.json", "data.json", "state"
 _CHUNK = 1 << 22
+_WRITING, _DELETING = ".writing_", ".deleting_"
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """Where a run stood."""
+class Saved:
+    """A step folder's record: `identity` is what must be the same to go on (engine, world size, ZeRO stage, ...)."""
 
+    folder: Path
     step: int
+    identity: dict[str, Any]
     loader: dict[str, Any]
     progress: dict[str, Any]
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    engine: Engine,
-    processes: Processes,
-    model: CLIPConfig,
-    tokenizer: Path,
-    loader: dict[str, Any],
-    progress: dict[str, Any],
-    identity: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes step folder `step` of `run`; called on every rank, returns when it is safe on disk.
+class Checkpoints:
+    """The step folders of a run; every rank makes one and calls its methods together."""
 
-    identity: what must be the same to go on (engine, world size, ZeRO stage, precision).
-    """
-    steps = run / STEPS
-    final, aside = steps / f"step_{step:08d}", steps / f".writing_{step:08d}"
-    if processes.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / STATE).mkdir(parents=True)
-    processes.barrier()
-    engine.save_state(aside / STATE)
-    torch.save(_random_states(), aside / STATE / f"random_{processes.rank}.pt")
-    weights = engine.full_state_dict()
-    processes.barrier()
-    if processes.is_first:
-        save_model(aside, weights, model, {"tokenizer.json": tokenizer})
-        (aside / DATA).write_text(json.dumps({"loader": loader, "progress": progress}))
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        manifest = {
-            "step": step,
-            "identity": identity,
-            "files": {
-                str(path.relative_to(aside)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
-            },
-        }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*files, aside / MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _flush(steps)
-        _write_atomically(run / LATEST, f"{final.name}\n")
-        for old in sorted(steps.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    processes.barrier()
-    return final
+    def __init__(
+        self,
+        run: Path,
+        model: CLIPConfig,
+        tokenizer: Tokenizer,
+        identity: dict[str, Any],
+        processes: Processes,
+        keep: int,
+    ) -> None:
+        self.run, self.model, self.tokenizer, self.identity = run, model, tokenizer, identity
+        self.processes, self.keep = processes, keep
 
+    def save(self, step: int, engine: Engine, loader: dict[str, Any], progress: dict[str, Any]) -> Path:
+        """Writes the folder of `step`; returns when it is safe on disk."""
+        steps = self.run / STEPS
+        final, aside = steps / f"step_{step:08d}", steps / f"{_WRITING}{step:08d}"
+        if self.processes.is_first:
+            clean(self.run)
+            (aside / STATE).mkdir(parents=True)
+        self.processes.barrier()
+        engine.save_state(aside / STATE)
+        torch.save(_random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
+        weights = engine.full_state_dict()
+        self.processes.barrier()
+        if self.processes.is_first:
+            save_model(aside, weights, self.model)
+            self.tokenizer.save(aside / "tokenizer.json")
+            (aside / DATA).write_text(json.dumps({"loader": loader, "progress": progress}))
+            _write_manifest(aside, step, self.identity)
+            _remove(final)
+            aside.rename(final)
+            _flush(steps)
+            write_atomically(self.run / LATEST, f"{final.name}\n")
+            # Of a run that went back to an earlier step the later folders stay, until it reaches them.
+            for old in sorted(path for path in steps.glob("step_*") if path.name <= final.name)[: -self.keep]:
+                _remove(old)
+        self.processes.barrier()
+        return final
 
-def load_checkpoint(
-    folder: Path, engine: Engine, processes: Processes, model: CLIPConfig, identity: dict[str, Any]
-) -> Resumed:
-    """Puts the engine, the random generators and the run's progress back where `folder` left them.
+    def check(self, folder: Path) -> Saved:
+        """The record of `folder` if this run can go on from it; waits for no other rank.
 
-    Raises UserError naming what differs: another model, engine, world size, stage or precision, or a damaged file.
-    """
-    manifest = _read_json(folder / MANIFEST)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if path.stat().st_size != entry["bytes"] or (processes.is_first and _sha256(path) != entry["sha256"]):
-            raise UserError(f"checkpoint {folder} is damaged: {name} is not what its manifest says")
-    saved_model = CLIPConfig.from_dict(_read_json(folder / "open_clip_config.json"))
-    if saved_model != model:
-        raise UserError(f"checkpoint {folder} holds another architecture than the run's model: give its --model")
-    for key, value in identity.items():
-        if manifest["identity"].get(key) != value:
-            saved = manifest["identity"].get(key)
-            raise UserError(f"checkpoint {folder} was written with {key} = {saved}, this run has {key} = {value}")
-    engine.load_state(folder / STATE)
-    _set_random_states(torch.load(folder / STATE / f"random_{processes.rank}.pt", weights_only=True))
-    data = _read_json(folder / DATA)
-    return Resumed(manifest["step"], data["loader"], data["progress"])
+        Raises UserError naming what differs: another model, engine, world size, stage or precision, or a damaged file.
+        """
+        manifest = _read_json(folder / MANIFEST)
+        try:
+            step, identity, files = manifest["step"], manifest["identity"], manifest["files"]
+            sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} lacks {error}") from error
+        for name, (size, digest) in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
+            if path.stat().st_size != size or (self.processes.is_first and _sha256(path) != digest):
+                raise UserError(f"checkpoint {folder} is damaged: {name} is not what its manifest says")
+        saved_model = CLIPConfig.from_dict(_read_json(folder / "open_clip_config.json"))
+        if saved_model != self.model:
+            changed = ", ".join(_differences(saved_model, self.model))
+            raise UserError(f"checkpoint {folder} holds another architecture than --model: {changed}")
+        for key, value in self.identity.items():
+            if identity.get(key) != value:
+                raise UserError(
+                    f"checkpoint {folder} was written with {key} = {identity.get(key)}, this run has {key} = {value}"
+                )
+        data = _read_json(folder / DATA)
+        return Saved(folder, step, identity, data["loader"], data["progress"])
+
+    def load(self, saved: Saved, engine: Engine) -> None:
+        """Puts the engine and the random generators back where `saved` left them."""
+        engine.load_state(saved.folder / STATE)
+        random = torch.load(saved.folder / STATE / f"random_{self.processes.rank}.pt", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
 
 
 def find_checkpoint(resume: str, run: Path) -> Path | None:
@@ -130,21 +137,60 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
     return folder
 
 
+def clean(run: Path) -> None:
+    """Removes what a killed run left half-written or half-deleted."""
+    for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
+        for path in (run / STEPS).glob(pattern):
+            shutil.rmtree(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`text` as the whole content of `path`, or what was there before; on disk when this returns."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text)
+    _flush(aside)
+    aside.rename(path)
+    _flush(path.parent)
+
+
+def _write_manifest(folder: Path, step: int, identity: dict[str, Any]) -> None:
+    """The list of all files in `folder`, which are on disk when this returns."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "identity": identity, "files": entries}, indent=1))
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush(path)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a step folder; a kill in the midst leaves it whole, or under a name that is no step's."""
+    if folder.exists():
+        doomed = folder.with_name(f"{_DELETING}{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _differences(saved: Any, wanted: Any, where: str = "") -> list[str]:
+    """`field: saved, not wanted` for every field in which two configs differ."""
+    lines = []
+    for field in fields(saved):
+        a, b = getattr(saved, field.name), getattr(wanted, field.name)
+        if type(a) is type(b) and hasattr(a, "__dataclass_fields__"):
+            lines += _differences(a, b, f"{where}{field.name}.")
+        elif a != b:
+            lines.append(f"{where}{field.name} is {a}, not {b}")
+    return lines
+
+
 def _random_states() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})") from error
 
 
@@ -162,11 +208,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _flush(aside)
-    aside.rename(path)
-    _flush(path.parent)

@@ -1,57 +1,74 @@
 """CLIP under DeepSpeed ZeRO 0 to 3, with the gradient of a step made of many backwards exactly once.
 
 Three settings make it exact (measured; the tests hold them): the surrogates are not divided by an accumulation count
-(`scale_wrt_gas=False`), gradients are reduced once a step (`coalesce_grad_reduction`, or the boundary flag where that is
-not offered: without either ZeRO 1 and 2 silently drop all backwards but one), and `gradient_clipping` is explicit.
+(`scale_wrt_gas=False`), gradients are reduced once a step (`coalesce_grad_reduction`, or the boundary flag where that
+is not offered: without either ZeRO 1 and 2 silently drop all backwards but one), `gradient_clipping` is explicit.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastclip.errors import UserError
 from fastclip.models.clip import CLIP
 from fastclip.training.config import TrainConfig
-from fastclip.training.engine import DTYPES, StepResult
+from fastclip.training.engine import DTYPES, MakeOptimizer, StepResult
 from fastclip.training.optim import parameter_groups
 from fastclip.training.processes import Processes
 
 _TAG = "engine"
+_UNFINISHED = "the step before failed half-way, its gradient is incomplete: go on from a checkpoint"
 
 
 class DeepSpeedEngine:
-    """See `fastclip.training.engine.Engine`."""
+    """See `fastclip.training.engine.Engine`. `make_optimizer` replaces the optimizer that the config names."""
 
-    def __init__(self, model: CLIP, config: TrainConfig, processes: Processes, ds_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: CLIP,
+        config: TrainConfig,
+        processes: Processes,
+        ds_config: dict[str, Any],
+        make_optimizer: MakeOptimizer | None = None,
+    ) -> None:
         deepspeed = _import_deepspeed()
+        _check_precision(config.precision, deepspeed.accelerator.get_accelerator())
         deepspeed.init_distributed(dist_init_required=False)
         self.processes, self.dtype = processes, DTYPES[config.precision]
-        optimizer = _optimizer(parameter_groups(model, config), processes)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        groups = parameter_groups(model, config)
+        optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, processes)
+        with self._no_compiler():
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
         self.names = {p: name for name, p in self.engine.module.named_parameters()}
-        self.param_groups = self.engine.optimizer.param_groups
-        self.peaks = [group["lr"] for group in self.param_groups]
+        self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
+        # In fp32 ZeRO-0 leaves the optimizer as it is: nobody looks at the gradient before it is applied.
+        self.is_bare = isinstance(self.engine.optimizer, torch.optim.Optimizer)
         # One reduction a step where DeepSpeed offers it; else it reduces at each chunk and is told which is the last.
-        self.coalesces = self.engine.zero_optimization_stage() > 0 and hasattr(
-            self.engine.optimizer, "_coalesce_grad_reduction"
-        )
+        self.coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
         self._reduction = ExitStack()
         self._is_open = self._is_last = False
+        self._undo_empty_step()
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
+        if self._is_open and not torch.is_grad_enabled():  # a step begins with the forwards that keep no graph
+            raise RuntimeError(_UNFINISHED)
         return self.engine(image, text, output_dict=True)
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)
 
     def set_boundary(self, is_last: bool) -> None:
+        if self._is_open and self._is_last:
+            raise RuntimeError(_UNFINISHED)
         self._is_last = is_last
         if not self.coalesces:
             self.engine.set_gradient_accumulation_boundary(is_last)
@@ -62,49 +79,95 @@ class DeepSpeedEngine:
     def backward(self, surrogate: Tensor) -> None:
         self.engine.backward(surrogate, scale_wrt_gas=False)
         if self._is_last and self._is_open:
+            with self._no_compiler():
+                self._reduction.close()
             self._is_open = False
-            self._reduction.close()
 
     def step(self, lr_factor: float) -> StepResult:
-        for group, peak in zip(self.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * lr_factor
-        # DeepSpeed compiles Muon's small matrix loop; on the CPU the compiler costs more than it can ever save.
-        eager = torch.compiler.set_stance("force_eager") if self.processes.device.type == "cpu" else nullcontext()
-        with eager:
+        norm = self._norm() if self.is_bare else None
+        if norm is not None and not norm.isfinite():
+            self.engine.zero_grad()
+            return StepResult(float(norm), True)
+        with self._no_compiler():
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        skipped = not self.engine.was_step_applied()
-        return StepResult(float("nan") if norm is None else float(norm), skipped)
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return StepResult(float("nan") if norm is None else float(norm), not self.engine.was_step_applied())
 
     def save_state(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
 
     def load_state(self, directory: Path) -> None:
         # DeepSpeed's own optimizer shards are pickles: resume only runs you trust.
-        self.engine.load_checkpoint(str(directory), tag=_TAG)
+        loaded, _ = self.engine.load_checkpoint(str(directory), tag=_TAG)
+        if loaded is None:
+            raise UserError(f"checkpoint {directory.parent} holds no state of a DeepSpeed engine")
 
     def full_state_dict(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        partitioned = self.engine.zero_optimization_stage() > 0 or self.dtype != torch.float32
+        masters = self._whole_masters()
         state = {}
         for parameter, name in self.names.items():
-            value = safe_get_full_fp32_param(parameter) if partitioned else None
-            state[name] = (parameter if value is None else value).detach().float().cpu().clone()
+            value = masters[parameter] if parameter in masters else safe_get_full_fp32_param(parameter)
+            if self.processes.is_first:
+                state[name] = (parameter if value is None else value).detach().float().cpu().clone()
         kept = self.engine.module.state_dict()
         buffers = (name for name, _ in self.engine.module.named_buffers() if name in kept)
-        return state | {name: kept[name].cpu().clone() for name in buffers}
+        return state | {name: kept[name].cpu().clone() for name in buffers} if self.processes.is_first else {}
+
+    def _undo_empty_step(self) -> None:
+        """ZeRO-0 in bf16 or fp16 has taken a step of zero gradient to make the optimizer's state.
+
+        Left as it is, Adam's bias correction is one step ahead: the first update comes out a quarter too small.
+        """
+        if not self.is_bare and self.engine.zero_optimization_stage() == 0:
+            self.engine.optimizer.optimizer.state.clear()
+            for half, master in self._whole_masters().items():
+                master.data.copy_(half)
+
+    def _whole_masters(self) -> dict[Tensor, Tensor]:
+        """The fp32 weights behind those of ZeRO-0, which are in fp32 themselves or in bf16 or fp16 with a copy."""
+        if self.is_bare:
+            return {parameter: parameter for parameter in self.names}
+        optimizer = self.engine.optimizer
+        if self.engine.zero_optimization_stage() > 0:
+            return {}
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {half: full for halves, fulls in groups for half, full in zip(halves, fulls, strict=True)}
+
+    def _norm(self) -> Tensor:
+        """Of the gradient, which every rank has whole and reduced by now."""
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _no_compiler(self) -> AbstractContextManager[Any]:
+        """DeepSpeed compiles Muon's matrix loop; on the CPU the compiler costs more than it can ever save."""
+        on_cpu = self.processes.device.type == "cpu"
+        return torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
 
 
 def _import_deepspeed() -> Any:
     """DeepSpeed, quiet: its banner and its warnings about absent GPUs are noise on a CPU."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    import logging
-
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its own all-reduce through shared memory would be compiled at the first start (40 s and a compiler), and a rank
+    # that waits in it never learns that another has died; gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_precision(precision: str, accelerator: Any) -> None:
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        can = ", ".join(name for name, works in supported.items() if works)
+        raise UserError(
+            f"precision {precision} is not supported on this device ({accelerator.device_name()}): use {can}"
+        )
 
 
 def _optimizer(groups: list[dict[str, Any]], processes: Processes) -> torch.optim.Optimizer:

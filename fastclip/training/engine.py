@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,14 +13,16 @@ from fastclip.models.clip import CLIP
 from fastclip.training.config import TrainConfig
 from fastclip.training.processes import Processes
 
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class StepResult(NamedTuple):
     """What became of one optimizer step."""
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: float  # before clipping; inf or nan in a skipped step
+    skipped: bool  # the gradient was not finite on some rank, so no rank changed its weights
 
 
 class Engine(Protocol):
@@ -47,7 +50,7 @@ class Engine(Protocol):
     def load_state(self, directory: Path) -> None: ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The fp32 weights on the CPU, whole; called on every rank."""
+        """The fp32 weights on the CPU, whole, on the first rank; called on every rank."""
 
 
 def build_engine(model: CLIP, config: TrainConfig, processes: Processes, ds_config: dict[str, Any] | None) -> Engine:

@@ -12,8 +12,8 @@ from fastclip.training.config import TrainConfig
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups for AdamW and, with optimizer "muon", the matrices of the transformer blocks for Muon.
 
-    Gains, biases, embeddings and the scale (fewer than two dimensions, or "embedding" in the name) have no weight decay.
-    Each parameter is tagged with `use_muon`, which is where DeepSpeed's ZeRO looks for it.
+    Gains, biases, embeddings and the scale (fewer than two dimensions, or "embedding" in the name) have no weight
+    decay. Each parameter is tagged with `use_muon`, which is where DeepSpeed's ZeRO looks for it.
     """
     muon, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fastclip.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,25 @@ class Processes:
     def barrier(self) -> None:
         dist.barrier(group=self.group)
 
+    @contextmanager
+    def one_mistake_for_all(self) -> Iterator[None]:
+        """A user's mistake (ValueError, OSError) that any rank meets inside is raised on every rank, as one UserError.
+
+        So that no rank waits for one that has left. Nothing inside may itself wait for the other ranks.
+        """
+        mistake = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            mistake = error
+        self.raise_together(mistake)
+
+    def raise_together(self, mistake: Exception | None) -> None:
+        """Raises UserError on every rank if one of them brings a mistake; every rank must call it."""
+        for message in self.gather(None if mistake is None else str(mistake) or repr(mistake)):
+            if message is not None:
+                raise UserError(message) from mistake
+
 
 def start_processes() -> Processes:
     """Joins the processes that `deepspeed` or `torchrun` started, or makes a group of this one alone.
@@ -61,6 +85,8 @@ def start_processes() -> Processes:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None
+    # Names that newer versions deprecate and older ones have alone; DeepSpeed uses them too.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     return Processes(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
 
 

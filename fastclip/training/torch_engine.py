@@ -11,31 +11,28 @@ from torch import Tensor
 
 from fastclip.models.clip import CLIP
 from fastclip.training.config import TrainConfig
-from fastclip.training.engine import DTYPES, StepResult
+from fastclip.training.engine import DTYPES, MakeOptimizer, StepResult
 from fastclip.training.optim import parameter_groups
 from fastclip.training.processes import Processes
 
 
 class TorchEngine:
-    """fp32 weights on every rank; bf16 by autocast."""
+    """fp32 weights on every rank; bf16 by autocast. `make_optimizer` replaces the optimizers that the config names."""
 
-    def __init__(self, model: CLIP, config: TrainConfig, processes: Processes) -> None:
+    def __init__(
+        self, model: CLIP, config: TrainConfig, processes: Processes, make_optimizer: MakeOptimizer | None = None
+    ) -> None:
         self.model = model.to(processes.device)
         self.processes, self.grad_clip = processes, config.grad_clip
         self.dtype = DTYPES[config.precision]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        muon: list[dict[str, Any]] = []
-        adam: list[dict[str, Any]] = []
-        for group in parameter_groups(model, config):
-            (muon if group.pop("use_muon") else adam).append(group)
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam)]
-        if muon:
-            self.optimizers.append(torch.optim.Muon(muon))
+        groups = parameter_groups(model, config)
+        self.optimizers = [make_optimizer(groups)] if make_optimizer else _optimizers(groups)
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         with torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(image, text, output_dict=True)  # type: ignore[return-value]
+            return self.model(image, text, output_dict=True)
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
@@ -82,3 +79,12 @@ class TorchEngine:
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+
+def _optimizers(groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+    muon: list[dict[str, Any]] = []
+    adam: list[dict[str, Any]] = []
+    for group in groups:
+        (muon if group.pop("use_muon") else adam).append(group)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam)]
+    return [*optimizers, torch.optim.Muon(muon)] if muon else optimizers

@@ -1,0 +1,66 @@
+"""`python -m fastclip.training.launch ARGS`: `python -m fastclip.training ARGS` under DeepSpeed's launcher, locally.
+
+A process for every GPU, or where there is none one for each of two cores. DeepSpeed's launcher answers a signal by
+killing its ranks; this one hands it to the ranks, which save and end, and passes their exit status on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+MODULE = "fastclip.training"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: that of `python -m fastclip.training`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    environment = dict(os.environ)
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level=critical",
+        f"--master_port={_free_port()}",
+    ]
+    if gpus:
+        print(f"Starting {gpus} process(es), one for each GPU, under DeepSpeed's launcher", flush=True)
+    else:
+        ranks = min(2, len(os.sched_getaffinity(0)))
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        launcher.append(f"--num_accelerators={ranks}")
+        print(f"Starting {ranks} process(es) on the CPU under DeepSpeed's launcher", flush=True)
+    # In a session of its own, so that Ctrl-C in a terminal comes to this process alone.
+    run = subprocess.Popen([*launcher, "--module", MODULE, *arguments], env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: _forward(run.pid, received))
+    return run.wait()
+
+
+def _forward(launcher: int, number: int) -> None:
+    """The signal to the ranks, who are the children of the launcher's child; before there are any, to the launcher."""
+    import psutil
+
+    try:
+        ranks = [rank for child in psutil.Process(launcher).children() for rank in child.children()]
+        for process in ranks or [psutil.Process(launcher)]:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+    except psutil.NoSuchProcess:  # it has just ended by itself
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
