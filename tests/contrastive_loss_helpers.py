@@ -33,7 +33,7 @@ def _worker(
         queue.put((rank, None, traceback.format_exc()))
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """function(*arguments) in `world_size` gloo processes; its results, plain Python or NumPy, by rank."""
     context = multiprocessing.get_context("spawn")
     queue, port = context.Queue(), free_port()
@@ -46,11 +46,11 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
     results = {}
     try:
         for _ in processes:
-            rank, result, error = queue.get(timeout=TIMEOUT)
+            rank, result, error = queue.get(timeout=timeout)
             assert error is None, f"rank {rank}:\n{error}"
             results[rank] = result
         for process in processes:
-            process.join(TIMEOUT)
+            process.join(timeout)
     finally:
         for process in processes:
             if process.is_alive():

@@ -28,7 +28,7 @@ _UNFINISHED = "the step before failed half-way, its gradient is incomplete: go o
 
 
 class DeepSpeedEngine:
-    """See `fastclip.training.engine.Engine`. `make_optimizer` replaces the optimizer that the config names."""
+    """See `fastclip.training.engine.Engine`."""
 
     def __init__(
         self,
@@ -69,16 +69,15 @@ class DeepSpeedEngine:
     def set_boundary(self, is_last: bool) -> None:
         if self._is_open and self._is_last:
             raise RuntimeError(_UNFINISHED)
-        self._is_last = is_last
         if not self.coalesces:
             self.engine.set_gradient_accumulation_boundary(is_last)
         elif not self._is_open:
             self._reduction.enter_context(self.engine.coalesce_grad_reduction())
-            self._is_open = True
+        self._is_open, self._is_last = True, is_last
 
     def backward(self, surrogate: Tensor) -> None:
         self.engine.backward(surrogate, scale_wrt_gas=False)
-        if self._is_last and self._is_open:
+        if self._is_last:
             with self._no_compiler():
                 self._reduction.close()
             self._is_open = False

@@ -53,12 +53,21 @@ class Engine(Protocol):
         """The fp32 weights on the CPU, whole, on the first rank; called on every rank."""
 
 
-def build_engine(model: CLIP, config: TrainConfig, processes: Processes, ds_config: dict[str, Any] | None) -> Engine:
-    """The engine of `config`; `ds_config` is DeepSpeed's, None for engine "torch"."""
+def build_engine(
+    model: CLIP,
+    config: TrainConfig,
+    processes: Processes,
+    ds_config: dict[str, Any] | None,
+    make_optimizer: MakeOptimizer | None = None,
+) -> Engine:
+    """The engine of `config`; `ds_config` is DeepSpeed's, None for engine "torch".
+
+    make_optimizer: makes the optimizer of `parameter_groups`, in place of the one that the config names.
+    """
     if ds_config is None:
         from fastclip.training.torch_engine import TorchEngine
 
-        return TorchEngine(model, config, processes)
+        return TorchEngine(model, config, processes, make_optimizer)
     from fastclip.training.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, config, processes, ds_config)
+    return DeepSpeedEngine(model, config, processes, ds_config, make_optimizer)

@@ -39,9 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Starting {ranks} process(es) on the CPU under DeepSpeed's launcher", flush=True)
     # In a session of its own, so that Ctrl-C in a terminal comes to this process alone.
     run = subprocess.Popen([*launcher, "--module", MODULE, *arguments], env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        _forward(run.pid, number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: _forward(run.pid, received))
-    return run.wait()
+        signal.signal(number, forward)
+    status = run.wait()
+    return 128 + signal.SIGINT if signal.SIGINT in received else status
 
 
 def _forward(launcher: int, number: int) -> None:

@@ -105,9 +105,10 @@ class Trainer:
                 print(f"Samples skipped or changed: {in_words(skipped)}")
             if self.skipped_steps:
                 print(f"Steps skipped for a gradient that was not finite: {self.skipped_steps}")
+            end = f"{self.step} steps done."
             if asked != GO_ON:
-                print(f"Stopped after {self.step} steps and saved; --resume latest --out {self.start.run} goes on.")
-            print(f"{self.step} steps done. Report: {report}", flush=True)
+                end = f"Stopped after {self.step} steps and saved; --resume latest --out {self.start.run} goes on."
+            print(f"{end} Report: {report}", flush=True)
         self.processes.barrier()
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch, Exception | None]:

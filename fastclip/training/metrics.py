@@ -73,6 +73,7 @@ class Metrics:
 
     def __init__(self, run: Path, config: TrainConfig, start_step: int) -> None:
         self._path = run / "metrics.jsonl"
+        self._path.touch()
         _drop_lines_after(self._path, start_step)
         self._progress = progress_on(sys.stderr, config, start_step)
         self._figures = ""
@@ -113,9 +114,8 @@ def in_words(skipped: Mapping[str, int]) -> str:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     """A resumed run goes on from its checkpoint: later lines of the run that was cut off are not its own."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
 def _step_of(line: str) -> float:

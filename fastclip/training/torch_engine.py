@@ -17,7 +17,7 @@ from fastclip.training.processes import Processes
 
 
 class TorchEngine:
-    """fp32 weights on every rank; bf16 by autocast. `make_optimizer` replaces the optimizers that the config names."""
+    """fp32 weights on every rank; bf16 by autocast."""
 
     def __init__(
         self, model: CLIP, config: TrainConfig, processes: Processes, make_optimizer: MakeOptimizer | None = None

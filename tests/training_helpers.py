@@ -1,0 +1,152 @@
+"""What the tests of the training room share: an engine under a small model, small data, runs of the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contrastive_loss_helpers import free_port
+from data_helpers import WORDS, write_samples
+from torch import Tensor
+
+from fastclip.data import normalize_image, train_tokenizer
+from fastclip.grad_cache import GradCache
+from fastclip.losses import contrastive_loss
+from fastclip.models import create_model, get_config
+from fastclip.training.config import TrainConfig
+from fastclip.training.deepspeed_config import resolve_deepspeed
+from fastclip.training.engine import Engine, StepResult, build_engine
+from fastclip.training.loop import Loss, build_grad_cache
+from fastclip.training.processes import Processes
+
+MODEL, BATCH, CHUNK = "debug", 16, 3
+ENGINES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
+State = dict[str, Tensor]
+
+
+def global_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Random images and captions of every length up to 30 tokens, the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(count):
+        image = torch.randint(0, 256, (BATCH, 3, 64, 64), generator=generator, dtype=torch.uint8)
+        text = torch.randint(1, 1000, (BATCH, 32), generator=generator)
+        lengths = torch.randint(2, 31, (BATCH, 1), generator=generator)
+        place = torch.arange(32)
+        text = torch.where(place < lengths, text, torch.where(place == lengths, 1023, 0))
+        batches.append((image, text))
+    return batches
+
+
+def debug_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model(MODEL)
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Plain SGD, whose weights show every error of the gradient; Adam's hide its scale."""
+    return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.05)
+
+
+def whole_batch_sgd(steps: int) -> tuple[State, list[float]]:
+    """Weights and gradient norms of autograd on whole batches in one process."""
+    config, model = get_config(MODEL), debug_model()
+    optimizer, norms = sgd([{"params": list(model.parameters())}]), []
+    for image, text in global_batches(steps):
+        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float32)
+        optimizer.zero_grad()
+        contrastive_loss(**model(pixels, text, output_dict=True)).backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
+        optimizer.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}, norms
+
+
+def error(ours: State, truth: State) -> float:
+    """Relative L2 over all parameters."""
+    assert ours.keys() == truth.keys()
+    difference = sum(float((ours[k].double() - truth[k].double()).square().sum()) for k in truth)
+    return (difference / sum(float(truth[k].double().square().sum()) for k in truth)) ** 0.5
+
+
+@dataclass
+class Small:
+    """An engine over the small model on this rank, and its gradient cache."""
+
+    processes: Processes
+    engine: Engine
+    cache: GradCache
+
+    def steps(self, count: int) -> list[tuple[float, StepResult]]:
+        n = BATCH // self.processes.world_size
+        own, results = slice(self.processes.rank * n, (self.processes.rank + 1) * n), []
+        for image, text in global_batches(count):
+            loss = self.cache.step({"clip": (image[own], text[own])})
+            results.append((float(loss), self.engine.step(1.0)))
+        return results
+
+
+def small(processes: Processes, kind: str, stage: int, **options: Any) -> Small:
+    """The engine `kind` at `stage`, under plain SGD unless `options` name an optimizer."""
+    make_optimizer = None if "optimizer" in options else sgd
+    config = TrainConfig(
+        **{"engine": kind, "zero_stage": stage, "global_batch": BATCH, "chunk_size": CHUNK, "precision": "fp32"}
+        | options
+    )
+    config, ds_config, _ = resolve_deepspeed(config, processes.world_size)
+    engine = build_engine(debug_model(), config, processes, ds_config if kind == "deepspeed" else None, make_optimizer)
+    return Small(
+        processes, engine, build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
+    )
+
+
+def small_data(directory: Path, count: int = 64, **broken: Any) -> Path:
+    """Shards with a tokenizer beside them, no held-out sets; `broken` as for `write_samples`."""
+    write_samples(directory, count, **broken)
+    train_tokenizer([" ".join(WORDS)] * 3, directory / "tokenizer.json", 600, 32)
+    return directory
+
+
+def options(data: Path, out: Path, **changed: Any) -> list[str]:
+    """Command-line options of a run that takes a second or two."""
+    values = {"data": data, "out": out, "model": MODEL, "global_batch": BATCH, "chunk_size": 4, "steps": 4}
+    values |= {"precision": "fp32", "warmup": 2, "workers": 0} | changed
+    return [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+def command(launcher: str, arguments: list[str]) -> list[str]:
+    """The process that trains with `arguments`: under python, deepspeed or torchrun, the two last with 2 ranks."""
+    python = [sys.executable, "-m"]
+    if launcher == "python":
+        return [*python, "fastclip.training", *arguments]
+    if launcher == "launch":
+        return [*python, "fastclip.training.launch", *arguments]
+    port = str(free_port())
+    if launcher == "deepspeed":
+        words = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--module"]
+    else:
+        words = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m"]
+    return [*python, *words, "fastclip.training", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(launcher: str, arguments: list[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(launcher, arguments), env=environment(), capture_output=True, text=True, timeout=timeout
+    )
