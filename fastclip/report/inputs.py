@@ -169,7 +169,7 @@ def _read(path: Path, folder: Path, convert: Callable[[Any], T], notes: list[str
 
 def _metrics(path: Path, notes: list[str]) -> Metrics:
     lines, unreadable = [], 0
-    texts = _text(path).splitlines()
+    texts = _text(path).split("\n")
     for number, text in enumerate(texts):
         try:
             line = json.loads(text)
@@ -179,8 +179,7 @@ def _metrics(path: Path, notes: list[str]) -> Metrics:
         except (ValueError, KeyError, TypeError, RecursionError):
             unreadable += bool(text.strip()) and number < len(texts) - 1  # the last one tore when the run was killed
     if unreadable:
-        notes.append(f"metrics.jsonl has {unreadable:,} lines that could not be read; they are left out.")
-    lines.sort(key=lambda line: line["step"])
+        notes.append(f"Lines of metrics.jsonl that could not be read and are left out: {unreadable:,}.")
     columns = {name: [_number(line.get(name)) for line in lines] for name in COLUMNS}
     odd = sum(not math.isfinite(value) for value in columns["loss"])
     if odd:

@@ -126,7 +126,7 @@ def _facts(run: Run) -> list[str]:
         trained += f" for {words.duration(metrics.last('elapsed'))}: {words.plural(_last_step(run), 'step')}"
         trained += f", {words.count(metrics.last('samples'))} pairs seen"
     sentences.append(f"{trained}.")
-    first, last, chance = metrics.first("loss"), metrics.last("loss"), _chance_loss(run)
+    first, last, chance = metrics.first("loss"), metrics.last("loss"), chance_loss(run)
     if first is not None and last is not None:
         level = f"; {chance[1]}" if chance else ""
         sentences.append(f"Loss {words.number(first)} \u2192 {words.number(last)} nats{level}.")
@@ -138,13 +138,11 @@ def _last_step(run: Run) -> int:
 
 
 def _machine(environment: dict[str, Any]) -> str:
-    gpus = environment.get("gpus")
-    if isinstance(gpus, list) and gpus:
-        return f"{len(gpus)} x {gpus[0]}"
-    return str(environment.get("processor") or "")
+    """The GPUs, or where there are none the processor."""
+    return words.setting(environment.get("gpus") or environment.get("processor") or "")
 
 
-def _chance_loss(run: Run) -> tuple[float, str] | None:
+def chance_loss(run: Run) -> tuple[float, str] | None:
     """ln N: the loss of a model that cannot tell the N pairs of a batch apart."""
     batch = run.config.get("global_batch")
     if not isinstance(batch, int) or batch < 2:
@@ -179,7 +177,7 @@ def _tiles(run: Run, zero_shot: History[ZeroShot], retrieval: History[Retrieval]
 
 def _training_charts(run: Run) -> list[Chart]:
     charts = [
-        _metric_chart(run, "loss", "Loss", "nats", reference=_chance_loss(run), wide=True),
+        _metric_chart(run, "loss", "Loss", "nats", reference=chance_loss(run), wide=True),
         _metric_chart(run, "logit_scale", "Logit scale", "exponentiated"),
         _metric_chart(run, "lr", "Learning rate", "of AdamW"),
         _metric_chart(run, "grad_norm", "Gradient norm", "L2", log=True),

@@ -51,7 +51,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def setting(value: Any) -> str:
-    """A value of config.yaml or environment.json, as it would be typed."""
-    if value is None:
-        return "none"
+    """A value of config.yaml or environment.json as it would be typed; a list of equal words is counted: 8 x A100."""
+    if isinstance(value, list) and value and isinstance(value[0], str) and value == value[:1] * len(value):
+        return f"{len(value)} x {value[0]}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
