@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_loss_helpers import run_on_ranks
-from data_helpers import sample
+from data_helpers import image_file, sample
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -209,3 +209,11 @@ def test_eval_sets_are_images_in_the_order_of_the_shards(folder: Path) -> None:
     assert list(sets) == ["digits_test", "scenes_test"]
     assert all(isinstance(s, EvalSet) for s in sets.values())
     assert sets["scenes_test"].keys == sorted(sets["scenes_test"].keys)
+
+
+def test_the_gallery_holds_small_pictures_whatever_the_shard_holds(tmp_path: Path, folder: Path) -> None:
+    wide, broken = sample(0, png=image_file(0, (900, 300))), sample(1, png=b"no image")
+    write_shard(tmp_path / "x_test-00000.tar", [wide, broken])
+    found = evaluate_folder(encoder(folder), tmp_path, with_gallery=True)["gallery"]
+    uris = [entry["image"].removeprefix("data:image/png;base64,") for entry in found["image_to_text"]]
+    assert [Image.open(io.BytesIO(base64.b64decode(uri))).size for uri in uris] == [(160, 53), (160, 160)]

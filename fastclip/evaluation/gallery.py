@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastclip.data import EvalSet
+from fastclip.data.transforms import decode_image
 
 QUERIES, SHOWN = 6, 5
-_SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp", b"BM": "bmp"}
+THUMBNAIL = 160  # pixels along the longer side at most
 
 
 class Gallery:
@@ -66,6 +68,14 @@ def _best(query: Tensor, items: Tensor) -> tuple[list[float], list[int]]:
 
 
 def _data_uri(eval_set: EvalSet, number: int) -> str:
-    content = eval_set.image_file(number)
-    kind = next((name for start, name in _SIGNATURES.items() if content.startswith(start)), "png")
-    return f"data:image/{kind};base64,{b64encode(content).decode()}"
+    """A small PNG of an image of the set; an image that cannot be decoded is the gray that the model saw."""
+    from PIL import Image
+
+    try:
+        image = decode_image(eval_set.image_file(number))
+    except ValueError:
+        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (128, 128, 128))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
