@@ -23,8 +23,10 @@ from PIL import Image
 from fastclip.cli import build, loading
 from fastclip.cli.main import USER_ERRORS, VERBS
 from fastclip.cli.text import megabytes, printable, table
-from fastclip.data import write_shard
-from fastclip.data.demo import write_demo
+from fastclip.data import ShardIndex, train_tokenizer, write_shard
+from fastclip.data.demo.captions import NUMBER_WORDS, ZERO_SHOT_TEMPLATES
+from fastclip.data.demo.samples import Part
+from fastclip.data.loader import captions_of
 from fastclip.models import create_model, get_config, save_model
 from fastclip.ops import _extension
 
@@ -33,14 +35,21 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the embedded data set (few scenes to train on) and an untrained run on it."""
+    """A folder with the beginning of each part of the embedded data set, and an untrained run on it."""
     folder = tmp_path_factory.mktemp("place")
-    write_demo(folder / "data", scenes=20, workers=1)
+    (folder / "data").mkdir()
+    captions = []
+    for name, count in {"train": 20, "digits_test": 40, "scenes_test": 60}.items():
+        samples = [Part(name, seed=0, scenes=20).sample(number) for number in range(count)]
+        write_shard(folder / f"data/{name}-00000.tar", samples)
+        captions += [caption for _, files in samples for caption in json.loads(files["json"])["captions"]]
+    train_tokenizer(captions, folder / "data/tokenizer.json", 1024, context_length=32)
+    classes = {"classnames": NUMBER_WORDS, "templates": ZERO_SHOT_TEMPLATES}
+    (folder / "data/digits_test.classes.json").write_text(json.dumps(classes))
     torch.manual_seed(0)
     step = folder / "runs/x/checkpoints/step_00000007"
     tokenizer = folder / "data/tokenizer.json"
     config = get_config("debug")
-    # the data set's own tokenizer has as many ids as few captions gave it; the model may know more
     save_model(step, create_model(config), config, {"tokenizer.json": tokenizer})
     (folder / "runs/x/latest").write_text("step_00000007\n")
     (folder / "runs/x/config.yaml").write_text("data: data\nmodel: debug\n")
@@ -231,7 +240,8 @@ def test_ctrl_c_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_reader_that_goes_away_is_no_traceback(place: Path) -> None:
     program = "import sys; from fastclip.cli.main import main; sys.exit(main())"
     arguments = [sys.executable, "-c", program, "data", "stats", str(place / "data"), "--json"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
     assert process.stdout is not None
     process.stdout.close()
     assert process.wait(60) == 1
@@ -270,16 +280,16 @@ def test_data_stats_for_people(run: Run, here: Path) -> None:
     assert status == 0
     blocks = {block.split(":")[0]: block for block in out.split("\n\n")}
     assert list(blocks) == ["digits_test", "scenes_test", "train"]
-    assert blocks["digits_test"].startswith("digits_test: 360 samples, 1 shard, ")
-    assert "  images    PNG; 64 x 64; 0 unreadable (of 360 read)\n" in blocks["digits_test"]
-    assert "1,440, 4 an image" in blocks["digits_test"]
+    assert blocks["digits_test"].startswith("digits_test: 40 samples, 1 shard, ")
+    assert "  images    PNG; 64 x 64; 0 unreadable (of 40 read)\n" in blocks["digits_test"]
+    assert "160, 4 an image" in blocks["digits_test"]
     assert " of 32; 0 captions are cut\n" in blocks["digits_test"]
     assert max(map(len, out.splitlines())) <= 80
 
 
 def test_data_stats_for_machines(run: Run, tmp_path: Path, place: Path) -> None:
     """Every figure, on shards whose content is known, damage included."""
-    long = {"json": json.dumps({"captions": ["red " * 40, "a table"]}).encode()}
+    long = {"json": json.dumps({"captions": ["red " * 40, "red " * 31, "red " * 30]}).encode()}
     broken = {
         "s1": {"png": image_file(1, (20, 10), form="JPEG")},
         "s2": {"png": b"no image"},
@@ -303,10 +313,10 @@ def test_data_stats_for_machines(run: Run, tmp_path: Path, place: Path) -> None:
     assert train["images"]["unreadable"] == 1
     assert train["images"]["formats"] == {"PNG": 6, "JPEG": 1}
     assert train["images"]["sizes"] == {"8 x 8": 6, "20 x 10": 1}
-    assert train["captions"]["per_image"] == {"2": 1, "3": 5}
-    assert train["captions"]["count"] == train["captions"]["distinct"] == 17
+    assert train["captions"]["per_image"] == {"3": 6}
+    assert train["captions"]["count"] == train["captions"]["distinct"] == 18
     assert train["tokens"]["context_length"] == 32
-    assert train["tokens"]["cut"] == 1
+    assert train["tokens"]["cut"] == 2  # 42 and 33 tokens; 32 fit
     assert train["tokens"]["max"] == 42
 
 
@@ -346,11 +356,11 @@ def test_eval_prints_and_writes_the_figures(run: Run, here: Path, tmp_path: Path
     digits, scenes = figures["sets"]["digits_test"], figures["sets"]["scenes_test"]
     row = next(line for line in out.splitlines() if line.startswith("digits_test"))
     shares = [f"{digits[key]:.1%}" for key in ("top1", "top5", "mean_per_class_recall")]
-    assert row.split() == ["digits_test", "360", "10", *shares]
+    assert row.split() == ["digits_test", "40", "10", *shares]
     rows = [line.split() for line in out.splitlines() if line.startswith("scenes_test")]
     for row, way in zip(rows, ("image_to_text", "text_to_image"), strict=True):
         wanted = [f"{scenes[way][key]:.1%}" for key in ("R@1", "R@5", "R@10")]
-        assert row == ["scenes_test", *way.split("_"), "1,000", *wanted, f"{scenes[way]['median_rank']:g}"]
+        assert row == ["scenes_test", *way.split("_"), "60", *wanted, f"{scenes[way]['median_rank']:g}"]
     assert max(map(len, out.splitlines()[1:-1])) <= 80
     assert not (here / "runs/x/eval").exists()
 
@@ -361,7 +371,8 @@ def test_eval_is_of_the_newest_run_on_its_data_by_default(run: Run, here: Path, 
     assert status == 0
     assert default.splitlines()[0] == "runs/x/checkpoints/step_00000007 on data (fp32, cpu)"
     assert default.splitlines()[2:8] == asked.splitlines()[2:8]
-    assert run("eval", "--precision", "bf16")[0] == 0
+    encoder = loading.load_encoder(loading.find_source("", ""), "", "bf16", 3)
+    assert (encoder.dtype, encoder.batch_size) == (torch.bfloat16, 3)
 
 
 def test_the_newest_run_is_the_one_written_last(tmp_path: Path) -> None:
@@ -392,6 +403,14 @@ def test_a_tokenizer_that_is_asked_for_wins(here: Path, tmp_path: Path) -> None:
     assert loading.load_encoder(source, "", "fp32", 3).tokenizer.context_length == 32
     with pytest.raises(FileNotFoundError, match=r"other\.json"):
         loading.load_encoder(source, str(tmp_path / "other.json"), "fp32", 3)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_knows(run: Run, here: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        get_config("debug"), text=dataclasses.replace(get_config("debug").text, vocab_size=520)
+    )
+    save_model(tmp_path, create_model(config), config, {"tokenizer.json": "data/tokenizer.json"})
+    fails(run("eval", "--checkpoint", tmp_path, "--data", "data"), "tokens, the model knows 520 only")
 
 
 def test_eval_mistakes(run: Run, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,21 +449,18 @@ def test_search_finds_and_saves_images(run: Run, here: Path, tmp_path: Path) -> 
     arguments = ("search", "a red circle above a blue square", "--checkpoint", "runs/x", "--data", "data")
     status, out, err = run(*arguments, "--top", 3, "--save", saved)
     assert (status, err) == (0, "")
-    assert "(digits_test 360, scenes_test 1,000 images)" in out
+    assert "(digits_test 40, scenes_test 60 images)" in out
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines() if re.match(r" +\d ", line)]
     assert [row[0] for row in rows] == ["1", "2", "3"]
     scores = [float(row[1]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     files = sorted(saved.iterdir())
     assert [file.name for file in files] == [f"0{rank}_{row[2]}.png" for rank, row in enumerate(rows, 1)]
-    from fastclip.data import ShardIndex
-
-    index = ShardIndex("data/scenes_test-00000.tar")
+    index = ShardIndex(["data/digits_test-00000.tar", "data/scenes_test-00000.tar"])
     samples = {index.key(number): index.read(number) for number in range(len(index))}
     for file, row in zip(files, rows, strict=True):
-        if row[2] in samples:
-            assert file.read_bytes() == samples[row[2]].image
-            assert row[3] == samples[row[2]].text
+        assert file.read_bytes() == samples[row[2]].image
+        assert row[3] == captions_of(samples[row[2]])[0]
     assert run("search", *arguments[1].split())[1].splitlines()[2:6] == out.splitlines()[2:6]  # words without quotes
 
 

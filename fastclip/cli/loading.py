@@ -81,9 +81,7 @@ def _tokenizer(asked: str, folder: Path, vocab_size: int, context_length: int) -
         raise UserError(f"there is no tokenizer.json in {folder}: give --tokenizer the file the model was trained with")
     tokenizer = get_tokenizer(name, context_length)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model knows {vocab_size}: another one"
-        )
+        raise UserError(f"tokenizer {name} has {tokenizer.vocab_size} tokens, the model knows {vocab_size} only")
     return tokenizer
 
 
