@@ -105,17 +105,18 @@ def small(processes: Processes, kind: str, stage: int, **options: Any) -> Small:
     )
 
 
-def small_data(directory: Path, count: int = 64, **broken: Any) -> Path:
+def small_data(directory: Path, count: int = 64, shards: int = 3, **broken: Any) -> Path:
     """Shards with a tokenizer beside them, no held-out sets; `broken` as for `write_samples`."""
-    write_samples(directory, count, **broken)
+    write_samples(directory, count, shards, **broken)
     train_tokenizer([" ".join(WORDS)] * 3, directory / "tokenizer.json", 600, 32)
     return directory
 
 
-def options(data: Path, out: Path, **changed: Any) -> list[str]:
-    """Command-line options of a run that takes a second or two."""
-    values = {"data": data, "out": out, "model": MODEL, "global_batch": BATCH, "chunk_size": 4, "steps": 4}
-    values |= {"precision": "fp32", "warmup": 2, "workers": 0} | changed
+def options(*folders: Path, **changed: Any) -> list[str]:
+    """Command-line options of a run on a folder of data into another that takes a second or two."""
+    values: dict[str, Any] = dict(zip(("data", "out"), folders, strict=True)) | {"model": MODEL}
+    values |= {"global_batch": BATCH, "chunk_size": 4, "steps": 4, "precision": "fp32", "warmup": 2, "workers": 0}
+    values |= changed
     return [word for key, value in values.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 

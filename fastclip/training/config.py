@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastclip.errors import UserError
 
@@ -60,8 +60,8 @@ class TrainConfig:
     """Learning rate after warm-up: down to zero along half a cosine, or constant."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    loss_impl: str = "auto"
-    """Implementation of the contrastive loss: auto, reference, dense, cpu or triton."""
+    loss_impl: Literal["auto", "reference", "dense", "cpu", "triton"] = "auto"
+    """Implementation of the contrastive loss."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed (ZeRO), or torch alone with a plain all-reduce of the gradient."""
@@ -90,6 +90,10 @@ class TrainConfig:
     """Also log to this Weights & Biases project."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(TrainConfig).items():
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            if choices and getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, was {getattr(self, name)!r}")
         least = {
             "global_batch": 1,
             "chunk_size": 0,
@@ -108,6 +112,11 @@ class TrainConfig:
         if self.engine == "torch" and self.precision == "fp16":
             raise UserError(
                 "precision fp16 needs loss scaling, which engine torch has not: use bf16 or engine deepspeed"
+            )
+        if self.optimizer == "muon" and self.engine == "deepspeed" and self.zero_stage and self.grad_clip:
+            raise UserError(
+                "grad_clip would clip Muon's updates instead of the gradient at zero_stage 1 to 3, where DeepSpeed "
+                "measures them: use grad_clip 0, zero_stage 0 or engine torch"
             )
 
     def to_dict(self) -> dict[str, Any]:

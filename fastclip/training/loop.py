@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -67,13 +68,15 @@ class Trainer:
 
     def run(self, request: Request) -> int:
         """Steps until the run is done, or until some rank has been asked to end; returns what was asked for."""
-        config = self.config
-        with closing(self.start.loader.batches(self.step)) as batches:
+        config, loader = self.config, self.start.loader
+        with closing(loader.batches(self.step)) as batches:
             while True:
+                skipped = Counter(loader.skipped)
                 batch, mistake = self._next(batches)
                 elapsed, asked, failed = self.processes.agree(self.clock.elapsed(), request.value, mistake is not None)
                 progress = max(self.step / config.steps, elapsed / (60 * config.minutes) if config.minutes else 0.0)
                 if asked != GO_ON or progress >= 1:
+                    loader.skipped = skipped  # the last batch is not trained on
                     return int(asked)
                 if failed:
                     self.processes.raise_together(mistake)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from fastclip.data import Loader, Tokenizer, get_tokenizer
 from fastclip.data.shards import expand_shards
 from fastclip.errors import UserError
+from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, CLIPConfig, create_model, get_config
 from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
@@ -86,8 +88,9 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         conflicts: list[str] = []
         if config.engine == "deepspeed":
             config, ds_config, conflicts = resolve_deepspeed(config, processes.world_size)
-        run = Path(config.out or name)
+        run = _writable(Path(config.out or name))
         config = replace(config, out=str(run))
+        _check_loss(config, processes.device)
         checkpoints = Checkpoints(
             run, model_config, tokenizer, _identity(config, processes), processes, keep=config.keep
         )
@@ -111,6 +114,23 @@ def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
             f"tokenizer {name} has {tokenizer.vocab_size} tokens, model {config.model} embeds {model.text.vocab_size}"
         )
     return model, tokenizer
+
+
+def _check_loss(config: TrainConfig, device: torch.device) -> None:
+    """Raises if the named implementation cannot run here."""
+    if config.loss_impl != "auto":
+        features = torch.eye(2, device=device)
+        contrastive_loss(features, features, torch.ones((), device=device), impl=config.loss_impl)
+
+
+def _writable(run: Path) -> Path:
+    """`run`, if it is a folder that can be written, or one that can be made."""
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {run} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {run} cannot be written: {there} is read-only")
+    return run
 
 
 def _identity(config: TrainConfig, processes: Processes) -> dict[str, Any]:
