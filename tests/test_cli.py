@@ -534,5 +534,5 @@ def test_tables_and_words(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "10")
-    assert table([("a" * 20,)]) == "aaaaaaa..."
+    monkeypatch.setenv("COLUMNS", "12")
+    assert table([("a", "bb cc dd ee ff"), ("g", "h")], left=(0, 1)) == "a  bb cc dd\n   ee ff\ng  h"
