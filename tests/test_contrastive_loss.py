@@ -227,12 +227,23 @@ def test_autocast_does_not_reach_inside() -> None:
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     image, text, scale = block(6, 9, 5)
     image, text = image.to(dtype), text.to(dtype)
-    arguments = (image, text, scale, 2, impl)
-    torch.library.opcheck(torch.ops.fastclip.contrastive_loss_fwd.default, arguments)
-    positive, row_max, row_log_sum, col_max, col_log_sum = torch.ops.fastclip.contrastive_loss_fwd(*arguments)
-    saved = (image, text, scale, row_max, row_log_sum, col_max, col_log_sum)
-    grads = (torch.ones_like(positive), torch.ones_like(row_log_sum), torch.ones_like(col_log_sum))
-    torch.library.opcheck(torch.ops.fastclip.contrastive_loss_bwd.default, (*grads, *saved, 2, impl))
+    labels, groups = torch.tensor([3, 8, 0, 7, 1, 5]), torch.arange(9) // 2
+    masks = [(2, None, None, None, impl)] + [(0, labels, groups[:6], groups, impl)] * (impl != "cpu")
+    for mask in masks:
+        arguments = (image, text, scale, *mask)
+        torch.library.opcheck(torch.ops.fastclip.contrastive_loss_fwd.default, arguments)
+        positive, row_max, row_log_sum, col_max, col_log_sum = torch.ops.fastclip.contrastive_loss_fwd(*arguments)
+        saved = (image, text, scale, row_max + row_log_sum, col_max + col_log_sum)
+        grads = (torch.ones_like(positive), torch.ones_like(row_log_sum), torch.ones_like(col_log_sum))
+        torch.library.opcheck(torch.ops.fastclip.contrastive_loss_bwd.default, (*grads, *saved, *mask))
+
+
+@pytest.mark.parametrize("groups", [(None, None), (torch.arange(6), torch.arange(9) // 2)])
+def test_opcheck_of_the_sums(groups: tuple[Tensor | None, Tensor | None]) -> None:
+    image, text, scale = block(6, 9, 5)
+    torch.library.opcheck(torch.ops.fastclip.contrastive_sums_fwd.default, (image, text, scale, *groups))
+    arguments = (torch.ones(6), torch.ones(9), image, text, *groups)
+    torch.library.opcheck(torch.ops.fastclip.contrastive_sums_bwd.default, arguments)
 
 
 def test_compiles_to_one_graph_for_every_batch_size() -> None:

@@ -21,13 +21,18 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    return reference.split_positives(product(image_features, text_features.T).mul_(logit_scale), offset)
-
-
-def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
+def statistics(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
+) -> Statistics:
     """As `reference.statistics`."""
-    positive, logits = _logits(image_features, text_features, logit_scale, offset)
+    logits = product(image_features, text_features.T).mul_(logit_scale)
+    positive, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
     return Statistics(positive, *reference.max_and_log_sum(logits, 1), *reference.max_and_log_sum(logits, 0))
 
 
@@ -40,8 +45,12 @@ def negative_gradients(
     d_row_lse: Tensor,
     d_col_lse: Tensor,
     offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
-    _, logits = _logits(image_features, text_features, logit_scale, offset)
+    logits = product(image_features, text_features.T).mul_(logit_scale)
+    _, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
     d_logits = reference.d_negative_logits(logits, row_lse, col_lse, d_row_lse, d_col_lse)
     return d_logits @ text_features.to(d_logits.dtype), d_logits.T @ image_features.to(d_logits.dtype)

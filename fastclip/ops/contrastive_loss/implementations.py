@@ -25,8 +25,13 @@ def order(device_type: str, n: int, m: int) -> tuple[str, ...]:
     return ("dense", "triton", "reference") if n * m <= DENSE_UP_TO else ("triton", "reference")
 
 
-def why_not(impl: str, device_type: str, dtype: torch.dtype, n: int, m: int) -> str | None:
-    """The reason `impl` cannot run on such tensors, or None."""
+def why_not(
+    impl: str, device_type: str, dtype: torch.dtype, n: int, m: int, options: tuple[str, ...] = ()
+) -> str | None:
+    """The reason `impl` cannot run on such tensors, or None.
+
+    options: which of "labels", "row_groups" and "col_groups" are given.
+    """
     if impl == "dense" and n * m > MAX_ELEMENTS:
         return f"{n} x {m} logits are more than the {MAX_ELEMENTS} it may hold at once"
     if impl == "cpu":
@@ -34,6 +39,8 @@ def why_not(impl: str, device_type: str, dtype: torch.dtype, n: int, m: int) -> 
             return f"the features are on {device_type}"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {dtype}"
+        if options:
+            return f"it does not take {' and '.join(options)} yet"
         return _extension.load()
     if impl == "triton":
         if not _dispatch.has_package("triton"):
@@ -52,19 +59,21 @@ def _kernels(impl: str) -> ModuleType:
     return import_module(f"fastclip.ops.contrastive_loss.{impl}")
 
 
-def implementation(impl: str, image_features: Tensor, text_features: Tensor) -> ModuleType:
+def implementation(
+    impl: str, image_features: Tensor, text_features: Tensor, options: tuple[str, ...] = ()
+) -> ModuleType:
     """The module whose `statistics` and `negative_gradients` run on these tensors; see `_dispatch.pick` for errors."""
-    kind, dtype, n, m = (
-        image_features.device.type,
-        image_features.dtype,
-        image_features.shape[0],
-        text_features.shape[0],
-    )
-    name = _dispatch.pick(OP, impl, IMPLS, order(kind, n, m), lambda name: why_not(name, kind, dtype, n, m))
+    kind, dtype = image_features.device.type, image_features.dtype
+    n, m = image_features.shape[0], text_features.shape[0]
+    name = _dispatch.pick(OP, impl, IMPLS, order(kind, n, m), lambda name: why_not(name, kind, dtype, n, m, options))
     return _kernels(name)
 
 
-def explain(device_type: str, dtype: torch.dtype, n: int, m: int | None = None) -> list[_dispatch.Verdict]:
+def explain(
+    device_type: str, dtype: torch.dtype, n: int, m: int | None = None, options: tuple[str, ...] = ()
+) -> list[_dispatch.Verdict]:
     """Which implementation "auto" takes for n x m pairs (m = n by default), and why not the others."""
     m = n if m is None else m
-    return _dispatch.explain(OP, IMPLS, order(device_type, n, m), lambda name: why_not(name, device_type, dtype, n, m))
+    return _dispatch.explain(
+        OP, IMPLS, order(device_type, n, m), lambda name: why_not(name, device_type, dtype, n, m, options)
+    )

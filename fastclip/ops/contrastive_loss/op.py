@@ -1,7 +1,9 @@
-"""Registration: `fastclip::contrastive_loss_fwd` and `_bwd`, one rank's block, with one autograd.Function outside.
+"""Registration: `fastclip::contrastive_loss_fwd` and `_bwd`, one rank's block, with one autograd.Function outside;
+`fastclip::contrastive_sums_fwd` and `_bwd`, the sums over groups that go with it.
 
 An implementation supplies two functions, `statistics` and `negative_gradients` (see `reference`); what is O(N D), the
-positives' and the scale's gradient and the casts, is shared here.
+positives' gradient, is shared here. Gradients leave the operators in the accumulation dtype and not yet multiplied by
+the scale: whoever adds to them does so before the one rounding.
 """
 
 from typing import Any
@@ -10,34 +12,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastclip.ops.contrastive_loss import sums
 from fastclip.ops.contrastive_loss.implementations import implementation
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
+_MASK = "SymInt offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups, str impl"
+_GROUPS = "Tensor? row_groups, Tensor? col_groups"
 _library = torch.library.Library("fastclip", "FRAGMENT")
 _library.define(
-    "contrastive_loss_fwd(Tensor image_features, Tensor text_features, Tensor logit_scale, SymInt offset, str impl)"
+    f"contrastive_loss_fwd(Tensor image_features, Tensor text_features, Tensor logit_scale, {_MASK})"
     " -> (Tensor positive, Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum)"
 )
 _library.define(
     "contrastive_loss_bwd(Tensor d_positive, Tensor d_row_lse, Tensor d_col_lse,"
-    " Tensor image_features, Tensor text_features, Tensor logit_scale,"
-    " Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum, SymInt offset, str impl)"
-    " -> (Tensor d_image_features, Tensor d_text_features, Tensor d_logit_scale)"
+    f" Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, Tensor col_lse, {_MASK})"
+    " -> (Tensor grad_image, Tensor grad_text)"
+)
+_library.define(
+    f"contrastive_sums_fwd(Tensor image_features, Tensor text_features, Tensor logit_scale, {_GROUPS})"
+    " -> (Tensor row_sum, Tensor col_sum)"
+)
+_library.define(
+    f"contrastive_sums_bwd(Tensor d_row_sum, Tensor d_col_sum, Tensor image_features, Tensor text_features, {_GROUPS})"
+    " -> (Tensor grad_image, Tensor grad_text)"
 )
 
 
+def _given(**options: Tensor | None) -> dict[str, Tensor]:
+    return {name: x for name, x in options.items() if x is not None}
+
+
 def _fwd(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int, impl: str
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    labels: Tensor | None,
+    row_groups: Tensor | None,
+    col_groups: Tensor | None,
+    impl: str,
 ) -> tuple[Tensor, ...]:
+    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
     with torch.autocast(image_features.device.type, enabled=False):
-        kernels = implementation(impl, image_features, text_features)
-        dtype = accumulation_dtype(image_features.dtype)
-        return tuple(kernels.statistics(image_features, text_features, logit_scale.to(dtype), offset))
-
-
-def _lse(highest: Tensor, log_sum: Tensor) -> Tensor:
-    lse = highest + log_sum
-    return lse.masked_fill_(lse == -torch.inf, torch.inf)  # no negatives: exp(z - lse) is 0
+        kernels = implementation(impl, image_features, text_features, tuple(options))
+        scale = logit_scale.to(accumulation_dtype(image_features.dtype))
+        return tuple(kernels.statistics(image_features, text_features, scale, offset, **options))
 
 
 def _bwd(
@@ -47,90 +66,166 @@ def _bwd(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    row_max: Tensor,
-    row_log_sum: Tensor,
-    col_max: Tensor,
-    col_log_sum: Tensor,
+    row_lse: Tensor,
+    col_lse: Tensor,
     offset: int,
+    labels: Tensor | None,
+    row_groups: Tensor | None,
+    col_groups: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
     with torch.autocast(image_features.device.type, enabled=False):
-        kernels = implementation(impl, image_features, text_features)
-        dtype = accumulation_dtype(image_features.dtype)
-        scale, own = logit_scale.to(dtype), slice(offset, offset + image_features.shape[0])
-        image, own_text = image_features.to(dtype), text_features[own].to(dtype)
-        row_lse, col_lse = _lse(row_max, row_log_sum), _lse(col_max, col_log_sum)
+        kernels = implementation(impl, image_features, text_features, tuple(options))
+        scale = logit_scale.to(accumulation_dtype(image_features.dtype))
+        row_lse, col_lse = (x.masked_fill(x == -torch.inf, torch.inf) for x in (row_lse, col_lse))  # exp(z - lse) is 0
         grad_image, grad_text = kernels.negative_gradients(
-            image_features, text_features, scale, row_lse, col_lse, d_row_lse, d_col_lse, offset
+            image_features, text_features, scale, row_lse, col_lse, d_row_lse, d_col_lse, offset, **options
         )
-        grad_image.addcmul_(d_positive[:, None], own_text)
-        grad_text[own].addcmul_(d_positive[:, None], image)
-        d_logit_scale = (image * grad_image).sum()  # sum_ij dz_ij cos_ij, without another pass over the matrix
-        d_image_features = grad_image.mul_(scale).to(image_features.dtype)
-        d_text_features = grad_text.mul_(scale).to(text_features.dtype)
-        return d_image_features, d_text_features, d_logit_scale.to(logit_scale.dtype)
+        _add_positives(grad_image, grad_text, d_positive, image_features, text_features, offset, labels)
+        return grad_image, grad_text
+
+
+def _add_positives(
+    grad_image: Tensor,
+    grad_text: Tensor,
+    d_positive: Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
+    offset: int,
+    labels: Tensor | None,
+) -> None:
+    n, m, dtype = image_features.shape[0], text_features.shape[0], grad_image.dtype
+    image = image_features.to(dtype)
+    if labels is None:
+        own = slice(offset, offset + n)
+        if offset < m:
+            grad_image.addcmul_(d_positive[:, None], text_features[own].to(dtype))
+            grad_text[own].addcmul_(d_positive[:, None], image)
+        return
+    weight = torch.where((labels >= 0) & (labels < m), d_positive, 0)[:, None]
+    labels = labels.clamp(0, m - 1)
+    grad_image.addcmul_(weight, text_features[labels].to(dtype))
+    # one at most has a weight in each row of the text, so that the order of the sum does not matter
+    grad_text.index_add_(0, labels, weight * image)
 
 
 def _fwd_fake(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int, impl: str
-) -> tuple[Tensor, ...]:
-    dtype = accumulation_dtype(image_features.dtype)
-    n, m = image_features.shape[0], text_features.shape[0]
-    positive, row_max, row_log_sum = (image_features.new_empty(n, dtype=dtype) for _ in range(3))
-    col_max, col_log_sum = (image_features.new_empty(m, dtype=dtype) for _ in range(2))
-    return positive, row_max, row_log_sum, col_max, col_log_sum
-
-
-def _bwd_fake(
-    d_positive: Tensor,
-    d_row_lse: Tensor,
-    d_col_lse: Tensor,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    row_max: Tensor,
-    row_log_sum: Tensor,
-    col_max: Tensor,
-    col_log_sum: Tensor,
     offset: int,
+    labels: Tensor | None,
+    row_groups: Tensor | None,
+    col_groups: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    features = (image_features, text_features)
-    d_image_features, d_text_features = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in features)
-    return d_image_features, d_text_features, torch.empty_like(logit_scale)
+) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(image_features.dtype)
+    n, m = image_features.shape[0], text_features.shape[0]
+    return tuple(image_features.new_empty(size, dtype=dtype) for size in (n, n, n, m, m))
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("contrastive_loss_fwd", _fwd, _key)
-    _library.impl("contrastive_loss_bwd", _bwd, _key)
-torch.library.register_fake("fastclip::contrastive_loss_fwd", _fwd_fake, lib=_library)
-torch.library.register_fake("fastclip::contrastive_loss_bwd", _bwd_fake, lib=_library)
+def _sums_fwd(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    row_groups: Tensor | None,
+    col_groups: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(image_features.device.type, enabled=False):
+        return sums.sums_of_logits(image_features, text_features, logit_scale, row_groups, col_groups)
+
+
+def _sums_bwd(
+    d_row_sum: Tensor,
+    d_col_sum: Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
+    row_groups: Tensor | None,
+    col_groups: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(image_features.device.type, enabled=False):
+        return sums.sums_gradients(d_row_sum, d_col_sum, image_features, text_features, row_groups, col_groups)
+
+
+def _sums_fwd_fake(image_features: Tensor, text_features: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(image_features.dtype)
+    rows, columns = (x.new_empty(x.shape[0], dtype=dtype) for x in (image_features, text_features))
+    return rows, columns
+
+
+def _gradients_fake(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(image_features.dtype)
+    grad_image, grad_text = (x.new_empty(x.shape, dtype=dtype) for x in (image_features, text_features))
+    return grad_image, grad_text
+
+
+def _bwd_fake(
+    d_positive: Tensor, d_row_lse: Tensor, d_col_lse: Tensor, image_features: Tensor, text_features: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradients_fake(image_features, text_features)
+
+
+def _sums_bwd_fake(
+    d_row_sum: Tensor, d_col_sum: Tensor, image_features: Tensor, text_features: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradients_fake(image_features, text_features)
+
+
+for _name, _kernel, _fake in (
+    ("contrastive_loss_fwd", _fwd, _fwd_fake),
+    ("contrastive_loss_bwd", _bwd, _bwd_fake),
+    ("contrastive_sums_fwd", _sums_fwd, _sums_fwd_fake),
+    ("contrastive_sums_bwd", _sums_bwd, _sums_bwd_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"fastclip::{_name}", _fake, lib=_library)
 
 
 class _ContrastiveBlock(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int, impl: str
-    ) -> tuple[Tensor, ...]:
-        outputs = torch.ops.fastclip.contrastive_loss_fwd(image_features, text_features, logit_scale, offset, impl)
+    def forward(ctx: Any, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *mask: Any) -> Any:
+        outputs = torch.ops.fastclip.contrastive_loss_fwd(image_features, text_features, logit_scale, *mask)
         _, row_max, row_log_sum, col_max, col_log_sum = outputs
-        ctx.save_for_backward(image_features, text_features, logit_scale, row_max, row_log_sum, col_max, col_log_sum)
+        offset, *options, ctx.impl = mask
+        ctx.save_for_backward(
+            image_features, text_features, logit_scale, row_max, row_log_sum, col_max, col_log_sum, *options
+        )
         ctx.mark_non_differentiable(row_max, col_max)
-        ctx.offset, ctx.impl = offset, impl
+        ctx.offset = offset
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_positive, _, d_row_lse, _, d_col_lse = d_outputs
-        grads = torch.ops.fastclip.contrastive_loss_bwd(
-            d_positive, d_row_lse, d_col_lse, *ctx.saved_tensors, ctx.offset, ctx.impl
+        image, text, scale, row_max, row_log_sum, col_max, col_log_sum, *options = ctx.saved_tensors
+        lse = (row_max + row_log_sum, col_max + col_log_sum)
+        grad_image, grad_text = torch.ops.fastclip.contrastive_loss_bwd(
+            d_positive, d_row_lse, d_col_lse, image, text, scale, *lse, ctx.offset, *options, ctx.impl
         )
-        return *grads, None, None
+        return *scaled_gradients(grad_image, grad_text, image, text, scale), None, None, None, None, None
+
+
+def scaled_gradients(
+    grad_image: Tensor, grad_text: Tensor, image: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for image, text and scale in their dtypes, from dz @ text and dz^T @ image, which it overwrites."""
+    d_scale = (image.to(grad_image.dtype) * grad_image).sum()  # sum_ij dz_ij cos_ij, without a pass over the matrix
+    factor = scale.to(grad_image.dtype)
+    return grad_image.mul_(factor).to(image.dtype), grad_text.mul_(factor).to(text.dtype), d_scale.to(scale.dtype)
 
 
 def contrastive_block(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int = 0, impl: str = "auto"
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    offset: int = 0,
+    impl: str = "auto",
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One rank's block of the logits z = logit_scale * image @ text^T, without ever holding it.
 
@@ -138,8 +233,10 @@ def contrastive_block(
         image_features: (n, D).
         text_features: (M, D), same dtype and device; the positive of row i is column offset + i.
         logit_scale: 0-dim, exponentiated.
-        offset: 0 <= offset <= M - n.
+        offset: 0 <= offset <= M - n, or M for a block without positives.
         impl: "auto", "reference", "dense", "cpu" or "triton".
+        labels: (n,) int64, the column of each row's positive instead, distinct; -1 for none.
+        row_groups, col_groups: (n,) and (M,) int64: what shares a group is no negative.
 
     Returns:
         positive (n,), and of the negatives row_max (n,), row_log_sum (n,), col_max (M,), col_log_sum (M,), in fp32
@@ -147,4 +244,6 @@ def contrastive_block(
         to autograd: the gradient of the log-sum-exp is that of log_sum. Differentiable once; O(n + M) is kept beside
         the inputs.
     """
-    return _ContrastiveBlock.apply(image_features, text_features, logit_scale, offset, impl)
+    return _ContrastiveBlock.apply(
+        image_features, text_features, logit_scale, offset, labels, row_groups, col_groups, impl
+    )

@@ -1,12 +1,12 @@
 """The specification of the contrastive block: plain PyTorch on any device, exact in fp64, O(N) memory by chunks of
 rows.
 
-With z_ij = logit_scale * image_i . text_j and the positive of row i in column offset + i, everything else being a
-negative:
+With z_ij = logit_scale * image_i . text_j, and for row i one positive, in column labels_i or offset + i:
 
     row_max_i = max_{j negative for i} z_ij        row_log_sum_i = log sum_{j negative for i} exp(z_ij - row_max_i)
 
-and the same for columns. Leaving the positive out is what keeps a converged batch exact: the loss of row i is
+and the same for columns. The negatives are all other entries, less those whose row and column are of one group when
+groups are given. Leaving the positive out is what keeps a converged batch exact: the loss of row i is
 softplus(row_lse_i - z_ip), whose value and gradient keep their relative accuracy however small they are, while a
 log-sum-exp over all columns less z_ip cancels.
 """
@@ -26,12 +26,25 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def split_positives(logits: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """(positives (n,), negatives (n, M)): the negatives are `logits` with -inf in column offset + i of row i, in
-    place."""
-    positive = logits.diagonal(offset).clone()
-    logits.diagonal(offset).fill_(-torch.inf)
-    return positive, logits
+def split_positives(
+    logits: Tensor,
+    offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(positives (n,), negatives (n, M)): the negatives are `logits` with -inf elsewhere, in place.
+
+    The positive of row i is in column labels_i, or offset + i without labels; NaN where that is no column.
+    """
+    n, m = logits.shape
+    labels = offset + torch.arange(n, device=logits.device) if labels is None else labels
+    is_there, column = (labels >= 0) & (labels < m), labels.clamp(0, m - 1)[:, None]
+    value = logits.gather(1, column).squeeze(1)
+    logits.scatter_(1, column, torch.where(is_there, -torch.inf, value)[:, None])
+    if row_groups is not None and col_groups is not None:
+        logits.masked_fill_(row_groups[:, None] == col_groups, -torch.inf)
+    return torch.where(is_there, value, torch.nan), logits
 
 
 def max_and_log_sum(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -58,15 +71,39 @@ def _row_chunks(n: int, m: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
-    """Of image_features (n, D), text_features (M, D) and logit_scale, 0-dim in the accumulation dtype."""
+def _of_rows(rows: slice, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def statistics(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
+) -> Statistics:
+    """The block's statistics.
+
+    Args:
+        image_features: (n, D).
+        text_features: (M, D).
+        logit_scale: 0-dim, in the accumulation dtype.
+        offset: without labels, the positive of row i is column offset + i; offset = M says that the block has none.
+        labels: (n,) int64, the column of each row's positive, no two the same; -1 for none.
+        row_groups, col_groups: (n,) and (M,) int64, both or neither: what shares a group is neither positive nor
+            negative, but for the positives.
+    """
     dtype = accumulation_dtype(image_features.dtype)
     n, m, text = image_features.shape[0], text_features.shape[0], text_features.to(dtype)
     positive, row_max, row_log_sum = (text.new_empty(n) for _ in range(3))
     columns = (text.new_full((m,), -torch.inf), text.new_full((m,), -torch.inf))
     for rows in _row_chunks(n, m):
         logits = logit_scale * (image_features[rows].to(dtype) @ text.T)
-        positive[rows], logits = split_positives(logits, offset + rows.start)
+        positive[rows], logits = split_positives(
+            logits, offset + rows.start, _of_rows(rows, labels), _of_rows(rows, row_groups), col_groups
+        )
         row_max[rows], row_log_sum[rows] = max_and_log_sum(logits, 1)
         columns = merge(columns, max_and_log_sum(logits, 0))
     return Statistics(positive, row_max, row_log_sum, *columns)
@@ -81,18 +118,28 @@ def negative_gradients(
     d_row_lse: Tensor,
     d_col_lse: Tensor,
     offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz @ text (n, D), dz^T @ image (M, D)) of the negatives, not yet multiplied by the scale, in the accumulation
     dtype.
 
-    row_lse and col_lse are max + log_sum, or +inf where there are no negatives (so that nothing flows there).
+    row_lse and col_lse are max + log_sum, or +inf where there are no negatives (so that nothing flows there); they may
+    be those of a larger matrix that this is a block of.
     """
     dtype = accumulation_dtype(image_features.dtype)
     text = text_features.to(dtype)
     grad_image, grad_text = text.new_empty(image_features.shape), torch.zeros_like(text)
     for rows in _row_chunks(image_features.shape[0], text.shape[0]):
         image = image_features[rows].to(dtype)
-        _, logits = split_positives(logit_scale * (image @ text.T), offset + rows.start)
+        _, logits = split_positives(
+            logit_scale * (image @ text.T),
+            offset + rows.start,
+            _of_rows(rows, labels),
+            _of_rows(rows, row_groups),
+            col_groups,
+        )
         d_logits = d_negative_logits(logits, row_lse[rows], col_lse, d_row_lse[rows], d_col_lse)
         grad_image[rows] = d_logits @ text
         grad_text.addmm_(d_logits.T, image)

@@ -11,6 +11,7 @@ float16 loses small numbers, so dz is brought near 2^15 first and the products a
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,14 +78,31 @@ def _fold(z, highest, total, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _labels(labels_ptr, offs_m, mask_m, offset):
+    """The column of each row's positive: offset beyond its label, or beyond its own number without labels."""
+    if labels_ptr is not None:
+        offs_m = tl.load(labels_ptr + offs_m, mask=mask_m, other=-1).to(tl.int32)
+    return offs_m + offset
+
+
+@triton.jit
+def _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m):
+    rows = tl.load(row_groups_ptr + offs_m, mask=offs_m < n, other=0)
+    cols = tl.load(col_groups_ptr + offs_n, mask=offs_n < m, other=0)
+    return rows[:, None] == cols[None, :]
+
+
+@triton.jit
 def _statistics_kernel(
-    image, text, scale_ptr, positive_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
+    image, text, scale_ptr, labels_ptr, row_groups_ptr, col_groups_ptr,
+    positive_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
     n, m, d, offset, cols_per_part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """row_max, row_sum (C, n) and col_max, col_sum (P, M) of the negatives of each program (p, c); positive (n,).
 
-    col_max and col_sum come in as those of an empty set, EMPTY and 0.
+    col_max and col_sum come in as those of an empty set, EMPTY and 0, positive as NaN. labels_ptr may be None, and
+    so may both groups.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr)
@@ -92,17 +110,19 @@ def _statistics_kernel(
     row_base, col_base = part.to(tl.int64) * n, pid.to(tl.int64) * m
     for start_m in range(pid * BLOCK_M, n, tl.num_programs(0) * BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        label = offs_m + offset
+        label = _labels(labels_ptr, offs_m, offs_m < n, offset)
         row_max = tl.full((BLOCK_M,), EMPTY, tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start_n in range(first_col, last_col, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             z = _logits(image, text, scale, start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D)
             is_positive = label[:, None] == offs_n[None, :]
-            if (start_n < start_m + offset + BLOCK_M) & (start_m + offset < start_n + BLOCK_N):
-                own = (offs_m < n) & (label >= start_n) & (label < start_n + BLOCK_N)
+            own = (offs_m < n) & (label >= start_n) & (label < tl.minimum(start_n + BLOCK_N, m))
+            if tl.max(own.to(tl.int32), 0) > 0:
                 tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_positive, z, 0.0), 1), mask=own)
             outside = (offs_m >= n)[:, None] | (offs_n >= m)[None, :]
+            if row_groups_ptr is not None:
+                outside |= _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m)
             z = tl.where(is_positive | outside, float("-inf"), z)
             row_max, row_sum = _fold(z, row_max, row_sum, 1)
 
@@ -119,11 +139,12 @@ def _statistics_kernel(
 
 @triton.jit
 def _d_logits_kernel(
-    image, text, scale_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, d_logits_ptr,
-    n, m, d, diagonal, stride_dm,
+    image, text, scale_ptr, labels_ptr, row_groups_ptr, col_groups_ptr,
+    row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, d_logits_ptr,
+    n, m, d, offset, stride_dm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j), zero in column diagonal + i of row i."""
+    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j) of the negatives, zero elsewhere."""
     blocks_m, blocks_n = tl.cdiv(n, BLOCK_M), tl.cdiv(m, BLOCK_N)
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * blocks_n) * GROUP_M  # GROUP_M blocks of rows share their columns in the cache
@@ -138,7 +159,10 @@ def _d_logits_kernel(
     d_row = tl.load(d_row_ptr + offs_m, mask=mask_m, other=0.0)
     d_col = tl.load(d_col_ptr + offs_n, mask=mask_n, other=0.0)
     d_z = d_row[:, None] * tl.exp(z - row_lse[:, None]) + d_col[None, :] * tl.exp(z - col_lse[None, :])
-    d_z = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, d_z)
+    masked = _labels(labels_ptr, offs_m, mask_m, offset)[:, None] == offs_n[None, :]
+    if row_groups_ptr is not None:
+        masked |= _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m)
+    d_z = tl.where(masked, 0.0, d_z)
     d_ptrs = d_logits_ptr + offs_m.to(tl.int64)[:, None] * stride_dm + offs_n[None, :]
     tl.store(d_ptrs, d_z.to(d_logits_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -175,20 +199,28 @@ def _aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % step)).contiguous()
 
 
-def statistics(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, offset: int) -> Statistics:
+def statistics(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
+) -> Statistics:
     """As `reference.statistics`."""
     image, text, tiles = _aligned(image_features), _aligned(text_features), TILES[image_features.dtype]
     (n, d), m, programs = image.shape, text.shape[0], _programs(image.device)
     rows = min(programs, triton.cdiv(n, tiles.block_m))
     cols_per_part = triton.cdiv(triton.cdiv(m, tiles.block_n), max(1, programs // rows)) * tiles.block_n
     parts = triton.cdiv(m, cols_per_part)
-    positive = logit_scale.new_empty(n)
+    positive = logit_scale.new_full((n,), torch.nan)
     row_max, row_sum = logit_scale.new_empty(2, parts, n)
     col_max, col_sum = logit_scale.new_full((rows, m), EMPTY.value), logit_scale.new_zeros(rows, m)
     with _on(image.device):
         _statistics_kernel[(rows, parts)](
-            *_descriptors(image, text, tiles), logit_scale, positive, row_max, row_sum, col_max, col_sum,
-            n, m, d, offset, cols_per_part, **tiles.arguments(),
+            *_descriptors(image, text, tiles), logit_scale, *_contiguous(labels, row_groups, col_groups),
+            positive, row_max, row_sum, col_max, col_sum, n, m, d, offset, cols_per_part, **tiles.arguments(),
         )  # fmt: skip
     return Statistics(positive, *_merge(row_max, row_sum), *_merge(col_max, col_sum))
 
@@ -202,13 +234,17 @@ def negative_gradients(
     d_row_lse: Tensor,
     d_col_lse: Tensor,
     offset: int,
+    labels: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    col_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
-    n, m, dtype = image_features.shape[0], text_features.shape[0], image_features.dtype
+    n, m = image_features.shape[0], text_features.shape[0]
     unit = torch.maximum(d_row_lse.abs().max(), d_col_lse.abs().max()).clamp_min_(torch.finfo(torch.float32).tiny)
-    unit = unit / HALF_RANGE if dtype == torch.float16 else torch.ones_like(unit)
+    unit = unit / HALF_RANGE if image_features.dtype == torch.float16 else torch.ones_like(unit)
     d_row, d_col = d_row_lse / unit, d_col_lse / unit
     image, text = _aligned(image_features), _aligned(text_features)
+    labels, row_groups, col_groups = _contiguous(labels, row_groups, col_groups)
     grad_image, grad_text = (torch.zeros_like(x, dtype=torch.float32) for x in (image_features, text_features))
     scratch = image.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
     for i in range(0, n, CHUNK_ROWS):
@@ -216,39 +252,55 @@ def negative_gradients(
         for j in range(0, m, CHUNK_COLS):
             cols = slice(j, min(j + CHUNK_COLS, m))
             d_logits = scratch[: rows.stop - i, : cols.stop - j]
+            mask = (_part(labels, rows), _part(row_groups, rows), _part(col_groups, cols))
             weights = (row_lse[rows], col_lse[cols], d_row[rows], d_col[cols])
-            _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, *weights, offset + i - j)
+            shift = -j if labels is not None else offset + i - j
+            _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, mask, weights, shift)
             grad_image[rows] += product(d_logits, text_features[cols])
             grad_text[cols] += product(d_logits.T, image_features[rows])
     return grad_image.mul_(unit), grad_text.mul_(unit)
 
 
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
 def _fill_d_logits(
-    d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, row_lse: Tensor, col_lse: Tensor,
-    d_row: Tensor, d_col: Tensor, diagonal: int,
+    d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, mask: tuple[Tensor | None, ...],
+    weights: tuple[Tensor, ...], offset: int,
 ) -> None:  # fmt: skip
     (n, d), m, tiles = image.shape, text.shape[0], TILES[image.dtype]
     grid = (triton.cdiv(n, tiles.block_m) * triton.cdiv(m, tiles.block_n),)
     with _on(image.device):
         _d_logits_kernel[grid](
-            *_descriptors(image, text, tiles), logit_scale, row_lse, col_lse, d_row, d_col, d_logits,
-            n, m, d, diagonal, d_logits.stride(0), **tiles.arguments(), GROUP_M=GROUP_M,
+            *_descriptors(image, text, tiles), logit_scale, *mask, *weights, d_logits,
+            n, m, d, offset, d_logits.stride(0), **tiles.arguments(), GROUP_M=GROUP_M,
         )  # fmt: skip
 
 
 def configurations() -> list[dict[str, Any]]:
     """Every kernel in every launch configuration, as `fastclip.testing.compile_offline` takes them."""
+    masks = {"labels_ptr": "*i64", "row_groups_ptr": "*i64", "col_groups_ptr": "*i64"}
     cases = []
     for dtype, tiles in TILES.items():
         name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        special = {
+        special = masks | {
             "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
             "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
             "d_logits_ptr": f"*{name}",
         }
-        for kernel, more in ((_statistics_kernel, {}), (_d_logits_kernel, {"GROUP_M": GROUP_M})):
+        kernels: tuple[tuple[Any, dict[str, int]], ...] = (
+            (_statistics_kernel, {}),
+            (_d_logits_kernel, {"GROUP_M": GROUP_M}),
+        )
+        for (kernel, more), absent in itertools.product(kernels, (tuple(masks), tuple(masks)[1:], ())):
             types = {arg: special.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
             arguments = tiles.arguments() | more
             options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
-            cases.append({"kernel": kernel, "types": types, "constants": arguments, "options": options})
+            constants = arguments | dict.fromkeys(absent)
+            cases.append({"kernel": kernel, "types": types, "constants": constants, "options": options})
     return cases

@@ -10,7 +10,7 @@ class Statistics(NamedTuple):
 
     The two parts stay apart so that differences from the maximum are exact; both are -inf where there are no negatives.
     All are fp32, or fp64 for fp64 input. Positives come from the same products as negatives, so equal pairs tie
-    exactly.
+    exactly; a row without one has NaN (of a block without any, whatever stands there).
     """
 
     positive: Tensor  # (n,)
