@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -71,8 +73,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def check_curve(launcher: str, data: Path, out: Path, curve: list[float]) -> subprocess.CompletedProcess[str]:
-    result = run(launcher, options(data, out))
+def check_curve(
+    launcher: str, data: Path, out: Path, curve: list[float], **changed: Any
+) -> subprocess.CompletedProcess[str]:
+    result = run(launcher, options(data, out, **changed))
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(out) == pytest.approx(curve, rel=1e-5)
     return result
@@ -101,6 +105,36 @@ def test_two_ranks(data: Path, tmp_path: Path, curve: list[float], launcher: str
 @pytest.mark.long
 def test_deepspeed_command(data: Path, tmp_path: Path, curve: list[float]) -> None:
     check_curve("deepspeed", data, tmp_path / "out", curve)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        {"stage": 1, "overlap_comm": True},
+    ],
+)
+def test_a_deepspeed_file(data: Path, tmp_path: Path, curve: list[float], zero: dict[str, object]) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    result = check_curve("launch", data, tmp_path / "out", curve, deepspeed_config=file)
+    assert f"deepspeed ZeRO-{zero['stage']}" in result.stdout
+    line = f"{file} sets zero_optimization.stage: {zero['stage']} (was 1)\n"
+    assert (line in result.stdout) == (zero["stage"] != 1)
+    assert (f"{file} sets zero_optimization.overlap_comm: True (was False)\n" in result.stdout) == (zero["stage"] == 1)
+
+
+@pytest.mark.long
+def test_what_deepspeed_refuses_is_a_mistake(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_com": True}}))
+    result = run("python", options(data, tmp_path / "out", deepspeed_config=file))
+    assert result.returncode == 2
+    assert "overlap_com: Extra inputs are not permitted; did you mean 'overlap_comm'?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ is not offered: without either ZeRO 1 and 2 silently drop all backwards but one)
 
 from __future__ import annotations
 
+import copy
+import difflib
 import logging
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -41,6 +43,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         _check_precision(config.precision, deepspeed.accelerator.get_accelerator())
         deepspeed.init_distributed(dist_init_required=False)
+        _check_config(ds_config, config.deepspeed_config)
         self.processes, self.dtype = processes, DTYPES[config.precision]
         groups = parameter_groups(model, config)
         optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, processes)
@@ -167,6 +170,26 @@ def _check_precision(precision: str, accelerator: Any) -> None:
         raise UserError(
             f"precision {precision} is not supported on this device ({accelerator.device_name()}): use {can}"
         )
+
+
+def _check_config(ds_config: dict[str, Any], file: str) -> None:
+    """What DeepSpeed itself refuses of its JSON, which only the user's file can have brought in."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except (ValueError, AssertionError) as error:
+        found: list[Any] = (
+            error.errors() if hasattr(error, "errors") else [{"loc": (), "msg": str(error)}]
+        )  # pydantic's
+        lines = []
+        for one in found:
+            key = ".".join(map(str, one["loc"]))
+            near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else ""
+            lines.append(f"{key}: {one['msg']}{hint}" if key else one["msg"])
+        raise UserError(f"deepspeed_config {file} is refused by DeepSpeed: {'; '.join(lines)}") from error
 
 
 def _optimizer(groups: list[dict[str, Any]], processes: Processes) -> torch.optim.Optimizer:
