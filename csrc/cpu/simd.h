@@ -43,6 +43,14 @@ FASTCLIP_INLINE void store(c10::BFloat16* p, Vec v) {
   *reinterpret_cast<HVec*>(p) = __builtin_convertvector(v == v ? rounded : quiet, HVec);
 }
 
+// Rounds as `store` does and interleaves: out[2 j] = a[j], out[2 j + 1] = b[j].
+FASTCLIP_INLINE void store_pairs(c10::BFloat16* p, Vec a, Vec b) {
+  const UVec low = (UVec)a, high = (UVec)b;
+  const UVec first = a == a ? (low + 0x7fff + ((low >> 16) & 1)) >> 16 : (low >> 16) | 0x40;
+  const UVec second = b == b ? (high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000u : (high & 0xffff0000u) | 0x400000u;
+  store(reinterpret_cast<float*>(p), (Vec)(first | second));
+}
+
 FASTCLIP_INLINE float sum(Vec v) {
   float total = 0.f;
   for (int64_t i = 0; i < kLanes; ++i) total += v[i];
