@@ -16,8 +16,13 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
-SOURCES = ("csrc/bindings.cpp", "csrc/cpu/attention.cpp", "csrc/cpu/contrastive_loss.cpp")
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
+SOURCES = (
+    "csrc/bindings.cpp",
+    "csrc/cpu/attention.cpp",
+    "csrc/cpu/contrastive_loss.cpp",
+    "csrc/cpu/sigmoid_loss.cpp",
+)
+FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
 
 
 def missing() -> str | None:

@@ -1,0 +1,224 @@
+// The sigmoid block on the CPU: the loss of every row's pairs with all texts but its own, and its gradient.
+//
+// A block of logits is cut into tasks of 64 rows, then, for the text gradient, of 64 columns. A task makes its part by the
+// library's micro-kernels (products.h) and uses it up while it is in the second-level cache. Tasks are cut the same way and
+// blocks visited in the same order whatever the number of threads, so the result does not depend on it. bfloat16 features
+// are widened, which loses nothing. See ops/sigmoid_loss/reference.py for the maths.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+#include "simd.h"
+
+namespace fastclip {
+namespace {
+
+constexpr int64_t kBlockRows = 1024, kBlockCols = 1024;  // 4 MB of fp32 logits
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+struct Pair {
+  Vec softplus, sigmoid;
+};
+
+// log(1 + e^x) and 1 / (1 + e^-x), each to a few ulp however negative x is. With t = e^-|x| and s = t / (2 + t),
+// log(1 + t) = 2 artanh(s), and s is at most 1/3. One division serves both.
+FASTCLIP_INLINE Pair softplus_and_sigmoid(Vec x) {
+  const Vec t = exponential(x < 0.f ? x : -x);
+  const Vec a = t + 1.f, b = t + 2.f, inverse = 1.f / (a * b);
+  const Vec s = t * a * inverse, s2 = s * s;
+  Vec y = splat(1.f / 15);
+  y = y * s2 + 1.f / 13;
+  y = y * s2 + 1.f / 11;
+  y = y * s2 + 1.f / 9;
+  y = y * s2 + 1.f / 7;
+  y = y * s2 + 1.f / 5;
+  y = y * s2 + 1.f / 3;
+  const Vec log1p = 2.f * (s + s * s2 * y);
+  return {maximum(x, Vec{}) + log1p, (x < 0.f ? t : splat(1.f)) * b * inverse};
+}
+
+// Products image_i . text_j of one task, in rows of `ld` floats; columns up to the next multiple of 16 may be written.
+struct Task {
+  float* z;
+  int64_t ld, rows, cols, own;            // the own text of row i is column own + i, where that is inside
+  float scale, bias;
+  const int64_t *row_groups, *col_groups;  // nullptr without groups
+  const float* weights;                    // nullptr: no gradient
+  float *loss, *d_logits;                  // added to; d_logits only with weights
+};
+
+// sign_j = -y_ij: -1 where the column is of the row's group, else 1.
+FASTCLIP_INLINE void signs_of(float* sign, const int64_t* col_groups, int64_t group, int64_t cols) {
+  for (int64_t j = 0; j < cols; ++j) sign[j] = col_groups[j] == group ? -1.f : 1.f;
+}
+
+// Adds sum_j softplus(x_ij) to the losses; with weights also sum_j dz_ij to d_logits, and leaves weights_i dz_ij in z.
+FASTCLIP_MULTIVERSION void differentiate(const Task& c) {
+  alignas(64) float sign[kBlockCols];
+  const int64_t padded = round_up(c.cols);
+  std::fill(sign, sign + padded, 1.f);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    float* x = c.z + i * c.ld;
+    if (c.col_groups != nullptr) signs_of(sign, c.col_groups, c.row_groups[i], c.cols);
+    for (int64_t j = 0; j < padded; j += kLanes) store(x + j, (load(x + j) * c.scale + c.bias) * load(sign + j));
+    std::fill(x + c.cols, x + padded, kNone);
+    if (c.own + i >= 0 && c.own + i < c.cols) x[c.own + i] = kNone;
+    Vec loss = {}, d_logits = {};
+    const Vec weight = splat(c.weights != nullptr ? c.weights[i] : 0.f);
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const Pair pair = softplus_and_sigmoid(load(x + j));
+      loss += pair.softplus;
+      if (c.weights == nullptr) continue;
+      const Vec d = pair.sigmoid * load(sign + j);
+      d_logits += d;
+      store(x + j, d * weight);
+    }
+    c.loss[i] += sum(loss);
+    if (c.weights != nullptr) c.d_logits[i] += sum(d_logits);
+  }
+}
+
+// Calls task(first, count, scratch) for every `step` of `total` in parallel; `floats` of scratch for each thread.
+template <typename Call>
+void for_each_task(int64_t total, int64_t step, int64_t floats, const Call& task) {
+  at::parallel_for(0, (total + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(floats);
+    for (int64_t i = begin; i < end; ++i) task(i * step, std::min(step, total - i * step), scratch.data());
+    release<float>();
+  });
+}
+
+// fp32 (n, D), D padded with zeros to a multiple of 16 as `block_transposed` needs.
+at::Tensor widened(const at::Tensor& x) {
+  const int64_t missing = round_up(x.size(1)) - x.size(1);
+  const auto wide = x.detach().to(at::kFloat);
+  return (missing != 0 ? at::constant_pad_nd(wide, {0, missing}) : wide).contiguous();
+}
+
+at::Tensor ids(const std::optional<at::Tensor>& x) { return x.has_value() ? x->contiguous() : at::Tensor(); }
+
+// One rank's rows against all columns; `weights` is undefined where no gradient is wanted.
+struct Problem {
+  at::Tensor image, text, row_groups, col_groups, weights, loss, d_logits, grad_image, grad_text;
+  at::Tensor logits, text_transposed, text_blocked, image_blocked;
+  float scale, bias;
+  int64_t offset, depth, ld;
+
+  Problem(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
+          const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& cols, int64_t offset, const at::Tensor& row_weights)
+      : image(widened(image_features)),
+        text(widened(text_features)),
+        row_groups(ids(rows)),
+        col_groups(ids(cols)),
+        scale(*logit_scale.const_data_ptr<float>()),
+        bias(*logit_bias.const_data_ptr<float>()),
+        offset(offset),
+        depth(image.size(1)) {
+    const int64_t n = image.size(0), m = text.size(0), height = std::min(n, kBlockRows), width = ceil_to(std::min(m, kBlockCols), kBlock);
+    ld = width + kLanes;  // so that rows fall on different cache sets
+    const auto options = image.options();
+    loss = at::zeros({n}, options);
+    logits = at::empty({height, ld}, options);
+    text_transposed = at::empty({width, depth}, options);
+    if (!row_weights.defined()) return;
+    weights = row_weights.detach().to(at::kFloat).contiguous();
+    d_logits = at::zeros({n}, options);
+    grad_image = at::zeros_like(image);
+    grad_text = at::zeros_like(text);
+    text_blocked = at::empty({ceil_to(depth, kBlock), width}, options);
+    image_blocked = at::empty({ceil_to(depth, kBlock), height}, options);
+  }
+
+  void run() {
+    const int64_t n = image.size(0), m = text.size(0);
+    for (int64_t col = 0; col < m; col += kBlockCols) {
+      const int64_t cols = std::min(kBlockCols, m - col);
+      const float* rows = data(text, col);
+      for_each_task(cols, kBlock, 0, [&](int64_t first, int64_t count, float*) {
+        block_transposed(reinterpret_cast<uint32_t*>(data(text_transposed, first)), reinterpret_cast<const uint32_t*>(rows + first * depth),
+                         count, depth);
+      });
+      if (weights.defined()) take_rows(text_blocked, rows, cols);
+      for (int64_t row = 0; row < n; row += kBlockRows) run_block(row, std::min(kBlockRows, n - row), col, cols);
+    }
+  }
+
+ private:
+  static float* data(const at::Tensor& x, int64_t row) { return x.mutable_data_ptr<float>() + row * x.stride(0); }
+
+  // out (depth / 64, count, 64) = rows (count, depth), as the right side of a product over rows.
+  void take_rows(const at::Tensor& out, const float* rows, int64_t count) const {
+    for_each_task(depth, kBlock, 0, [&](int64_t d, int64_t width, float*) {
+      block_rows(data(out, 0) + d * count, rows + d, depth, count, width, count);
+    });
+  }
+
+  // grad (rows, depth) += left (rows, k) right (k, depth), right as `take_rows` lays it out.
+  void add_product(float* grad, int64_t rows, const float* left, int64_t ld_left, const at::Tensor& right, int64_t k) const {
+    for (int64_t d = 0; d < depth; d += kBlock)
+      product(rows, std::min(kBlock, depth - d), k, left, ld_left, data(right, 0) + d * k, grad + d, depth, true);
+  }
+
+  void run_block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    for_each_task(rows, kBlock, 0, [&](int64_t first, int64_t count, float*) {
+      float* z = data(logits, first);
+      for (int64_t j = 0; j < cols; j += kBlock)
+        product(count, kBlock, depth, data(image, row + first), depth, data(text_transposed, j), z + j, ld, false);
+      differentiate(task(z, row + first, count, col, cols));
+      if (weights.defined()) add_product(data(grad_image, row + first), count, z, ld, text_blocked, cols);
+    });
+    if (!weights.defined()) return;
+    take_rows(image_blocked, data(image, row), rows);
+    for_each_task(cols, kBlock, kBlock * rows, [&](int64_t first, int64_t count, float* transposed) {
+      transpose_rows(transposed, rows, data(logits, 0) + first, ld, rows, count, rows);
+      add_product(data(grad_text, col + first), count, transposed, rows, image_blocked, rows);
+    });
+  }
+
+  Task task(float* z, int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    const bool grouped = row_groups.defined(), gradient = weights.defined();
+    return {z,
+            ld,
+            rows,
+            cols,
+            offset + row - col,
+            scale,
+            bias,
+            grouped ? row_groups.const_data_ptr<int64_t>() + row : nullptr,
+            grouped ? col_groups.const_data_ptr<int64_t>() + col : nullptr,
+            gradient ? weights.const_data_ptr<float>() + row : nullptr,
+            data(loss, row),
+            gradient ? data(d_logits, row) : nullptr};
+  }
+
+ public:
+  // A gradient as the caller knows it, without the padding of D.
+  at::Tensor unpadded(const at::Tensor& grad, const at::Tensor& features) const { return grad.narrow(1, 0, features.size(1)).contiguous(); }
+};
+
+}  // namespace
+
+at::Tensor sigmoid_loss(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale,
+                        const at::Tensor& logit_bias, const std::optional<at::Tensor>& row_groups,
+                        const std::optional<at::Tensor>& col_groups, int64_t offset) {
+  Problem problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, {});
+  problem.run();
+  return problem.loss;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_gradients(
+    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
+    const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups, int64_t offset, const at::Tensor& weights) {
+  Problem problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, weights);
+  problem.run();
+  return {problem.loss, problem.d_logits, problem.unpadded(problem.grad_image, image_features),
+          problem.unpadded(problem.grad_text, text_features)};
+}
+
+}  // namespace fastclip
