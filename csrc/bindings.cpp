@@ -3,6 +3,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -13,6 +14,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
 std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& row_lse,
     const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset);
+at::Tensor sigmoid_loss(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale,
+                        const at::Tensor& logit_bias, const std::optional<at::Tensor>& row_groups,
+                        const std::optional<at::Tensor>& col_groups, int64_t offset);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_gradients(
+    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
+    const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups, int64_t offset, const at::Tensor& weights);
 at::Tensor attention_fwd(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal, double softmax_scale);
 at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal,
                          double softmax_scale);
@@ -33,6 +40,14 @@ TORCH_LIBRARY(fastclip_cpu, m) {
       "contrastive_loss_negative_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse,"
       " Tensor col_lse, Tensor d_row_lse, Tensor d_col_lse, int offset) -> (Tensor, Tensor)",
       &fastclip::contrastive_loss_negative_gradients);
+  m.def(
+      "sigmoid_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias, Tensor? row_groups,"
+      " Tensor? col_groups, int offset) -> Tensor",
+      &fastclip::sigmoid_loss);
+  m.def(
+      "sigmoid_loss_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor? row_groups, Tensor? col_groups, int offset, Tensor weights) -> (Tensor, Tensor, Tensor, Tensor)",
+      &fastclip::sigmoid_loss_gradients);
   m.def("attention_fwd(Tensor qkv, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
         &fastclip::attention_fwd);
   m.def("attention_bwd(Tensor d_out, Tensor qkv, Tensor cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
