@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -25,35 +26,50 @@ constexpr int64_t kPad = 16;                  // floats behind a tile's rows, so
 constexpr int64_t kDepth = 32;                // D is padded to a multiple of it
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// A tile of logits (rows, cols), row stride `ld`, `cols` padded to a multiple of 64; the positive of row i lies in column
-// `diagonal` + i when inside.
+// What is no negative: the positive of each row, in column labels[i] or, without labels, offset + i; and where there are groups,
+// the columns of the row's group.
+struct Pairing {
+  int64_t offset;
+  const int64_t *labels, *row_groups, *col_groups;  // null where not given
+
+  Pairing from(int64_t row, int64_t col) const {
+    const auto behind = [](const int64_t* p, int64_t count) { return p ? p + count : p; };
+    return {labels ? -col : offset + row - col, behind(labels, row), behind(row_groups, row), behind(col_groups, col)};
+  }
+  int64_t positive(int64_t i) const { return labels ? labels[i] + offset : offset + i; }
+};
+
+// A tile of logits (rows, cols), row stride `ld`, `cols` padded to a multiple of 64, and the pairing from its first entry on.
 struct Tile {
   float* z;
-  int64_t ld, rows, cols, padded, diagonal;
+  int64_t ld, rows, cols, padded;
+  Pairing pairing;
 };
 
 FASTCLIP_INLINE float anchor(float highest) { return highest == kNone ? 0.f : highest; }
 FASTCLIP_INLINE Vec anchor(Vec highest) { return highest == kNone ? Vec{} : highest; }
 
-// Scales a row in place, puts -inf behind its end and in place of its positive, if it lies here; returns that positive or NaN.
-FASTCLIP_INLINE float scale_row(const Tile& t, int64_t i, float scale) {
+// Scales a row in place and puts -inf behind its end and where no negative is. Writes its positive where that lies in the tile.
+FASTCLIP_INLINE void scale_row(const Tile& t, int64_t i, float scale, float* positive) {
   float* z = t.z + i * t.ld;
   for (int64_t j = 0; j < t.padded; j += kLanes) store(z + j, load(z + j) * scale);
   for (int64_t j = t.cols; j < t.padded; ++j) z[j] = kNone;
-  const int64_t own = t.diagonal + i;
-  if (own < 0 || own >= t.cols) return std::numeric_limits<float>::quiet_NaN();
-  const float value = z[own];
-  z[own] = kNone;
-  return value;
+  const int64_t own = t.pairing.positive(i);
+  if (own >= 0 && own < t.cols) {
+    if (positive) *positive = z[own];
+    z[own] = kNone;
+  }
+  if (t.pairing.row_groups) {
+    const int64_t group = t.pairing.row_groups[i];
+    for (int64_t j = 0; j < t.cols; ++j) z[j] = t.pairing.col_groups[j] == group ? kNone : z[j];
+  }
 }
 
 // Scales a tile, takes out the positives, and folds each row into its running (max, sum of exp(z - max)).
 FASTCLIP_MULTIVERSION void fold_rows(Tile t, float scale, float* positive, float* highest, float* sums) {
   for (int64_t i = 0; i < t.rows; ++i) {
     const float* z = t.z + i * t.ld;
-    const float found = scale_row(t, i, scale);
-    const int64_t own = t.diagonal + i;
-    if (own >= 0 && own < t.cols) positive[i] = found;
+    scale_row(t, i, scale, positive + i);
     Vec top = splat(highest[i]);
     for (int64_t j = 0; j < t.padded; j += kLanes) top = maximum(load(z + j), top);
     const float next = maximum(top), base = anchor(next);
@@ -101,7 +117,7 @@ FASTCLIP_INLINE Vec d_logit(Vec z, float row, float d_row, const float* col, con
 FASTCLIP_MULTIVERSION void differentiate(Tile t, float scale, Lse lse, float* blocked, int64_t stride) {
   for (int64_t i = 0; i < t.rows; ++i) {
     float* z = t.z + i * t.ld;
-    scale_row(t, i, scale);
+    scale_row(t, i, scale, nullptr);
     for (int64_t j = 0; j < t.padded; j += kLanes) {
       const Vec d = d_logit(load(z + j), lse.row[i], lse.d_row[i], lse.col + j, lse.d_col + j);
       store(z + j, d);
@@ -116,8 +132,8 @@ FASTCLIP_MULTIVERSION void differentiate(Tile t, float scale, Lse lse, c10::BFlo
   for (int64_t i = 0; i < t.rows; i += 2) {
     const bool has_second = i + 1 < t.rows;
     const float *z = t.z + i * t.ld, *z2 = z + t.ld;
-    scale_row(t, i, scale);
-    if (has_second) scale_row(t, i + 1, scale);
+    scale_row(t, i, scale, nullptr);
+    if (has_second) scale_row(t, i + 1, scale, nullptr);
     for (int64_t j = 0; j < t.padded; j += kLanes) {
       const Vec d = d_logit(load(z + j), lse.row[i], lse.d_row[i], lse.col + j, lse.d_col + j);
       Vec d2 = {};
@@ -136,16 +152,17 @@ template <typename T>
 struct Problem {
   at::Tensor image, text, transposed, blocked;
   float scale;
-  int64_t n, m, depth, offset;
+  int64_t n, m, depth;
+  Pairing pairing;
 
-  Problem(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset)
+  Problem(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, Pairing pairing)
       : image(padded(image_features)),
         text(padded(text_features)),
         scale(*logit_scale.const_data_ptr<float>()),
         n(image.size(0)),
         m(text.size(0)),
         depth(image.size(1)),
-        offset(offset) {}
+        pairing(pairing) {}
 
   static at::Tensor padded(const at::Tensor& x) {
     const auto wide = x.to(c10::CppTypeToScalarType<T>::value);
@@ -180,7 +197,7 @@ struct Problem {
     const int64_t rows = std::min(kRows, n - row), cols = cols_of(col), width = ceil_to(cols, kBlock), ld = tile_cols() + kPad;
     const T *left = image.const_data_ptr<T>() + row * depth, *right = transposed.const_data_ptr<T>();
     for (int64_t j = 0; j < width; j += kBlock) product(rows, kBlock, depth, left, depth, right + j * depth, z + j, ld, false);
-    return {z, ld, rows, cols, width, offset + row - col};
+    return {z, ld, rows, cols, width, pairing.from(row, col)};
   }
 
   // Scratch of `floats` elements for each thread, and this thread's part of it.
@@ -197,7 +214,7 @@ U* mine(at::Tensor& scratch) {
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(Problem<T> p) {
   const auto options = p.image.options().dtype(at::kFloat);
-  auto positive = at::empty({p.n}, options);
+  auto positive = at::full({p.n}, std::numeric_limits<float>::quiet_NaN(), options);
   auto row_max = at::full({p.n}, kNone, options), row_sum = at::zeros({p.n}, options);
   const int64_t width = p.tile_cols(), tiles = (p.n + kRows - 1) / kRows;
   auto col_max = at::empty({ceil_to(p.m, kBlock)}, options), col_sum = at::empty({ceil_to(p.m, kBlock)}, options);
@@ -305,20 +322,34 @@ auto by_type(const at::Tensor& features, const Visit& visit) {
   return narrow ? visit(c10::BFloat16()) : visit(float());
 }
 
+// int64 ids (count,) or none, contiguous for as long as this lives.
+struct Ids {
+  at::Tensor ids;
+
+  explicit Ids(const std::optional<at::Tensor>& given) : ids(given ? given->contiguous() : at::Tensor()) {}
+  const int64_t* data() const { return ids.defined() ? ids.const_data_ptr<int64_t>() : nullptr; }
+};
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics(
-    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset) {
+    const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset,
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups) {
+  const Ids own(labels), rows(row_groups), cols(col_groups);
+  const Pairing pairing{offset, own.data(), rows.data(), cols.data()};
   return by_type(image_features, [&](auto type) {
-    return statistics(Problem<decltype(type)>(image_features, text_features, logit_scale, offset));
+    return statistics(Problem<decltype(type)>(image_features, text_features, logit_scale, pairing));
   });
 }
 
 std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& row_lse,
-    const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset) {
+    const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset,
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups) {
+  const Ids own(labels), rows(row_groups), cols(col_groups);
+  const Pairing pairing{offset, own.data(), rows.data(), cols.data()};
   const auto [grad_image, grad_text] = by_type(image_features, [&](auto type) {
-    return negative_gradients(Problem<decltype(type)>(image_features, text_features, logit_scale, offset), row_lse, col_lse, d_row_lse,
+    return negative_gradients(Problem<decltype(type)>(image_features, text_features, logit_scale, pairing), row_lse, col_lse, d_row_lse,
                               d_col_lse);
   });
   const int64_t depth = image_features.size(1);

@@ -39,8 +39,6 @@ def why_not(
             return f"the features are on {device_type}"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {dtype}"
-        if options:
-            return f"it does not take {' and '.join(options)} yet"
         return _extension.load()
     if impl == "triton":
         if not _dispatch.has_package("triton"):
