@@ -8,6 +8,7 @@ row's own; what is O(N D), the own pairs and the gradients of scale and bias, is
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,6 +16,8 @@ from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 from fastclip.ops.sigmoid_loss.implementations import implementation
 from fastclip.ops.sigmoid_loss.reference import softplus
 from fastclip.ops.sigmoid_loss.types import Block
+
+_SUM_ROWS = 1024
 
 _library = torch.library.Library("fastclip", "FRAGMENT")
 _BLOCK = (
@@ -45,6 +48,11 @@ def _block(
     own_text = text_features[offset : offset + image.shape[0]].to(dtype)
     block = Block(image_features, text_features, scale, bias, row_groups, col_groups, offset)
     return block, image, own_text, (image * own_text).sum(1).mul_(scale).add_(bias)
+
+
+def _total(x: Tensor) -> Tensor:
+    """The sum of x (n,), in parts whose order does not depend on the number of threads as `Tensor.sum`'s does."""
+    return F.pad(x, (0, -x.shape[0] % _SUM_ROWS)).view(-1, _SUM_ROWS).sum(1).sum()
 
 
 def _fwd(
@@ -87,8 +95,8 @@ def _fwd_bwd(
         grad_image.addcmul_(d_own[:, None], own_text)
         grad_text[offset : offset + image.shape[0]].addcmul_(d_own[:, None], image)
         loss = others.loss.add_(softplus(-own))
-        d_logit_scale = (image * grad_image).sum()  # sum_ij dz_ij cos_ij, without another pass over the matrix
-        d_logit_bias = (weights * others.d_logits + d_own).sum()
+        d_logit_scale = _total((image * grad_image).sum(1))  # sum_ij dz_ij cos_ij, without another pass over the matrix
+        d_logit_bias = _total(weights * others.d_logits + d_own)
         return loss, grad_image.mul_(block.logit_scale), grad_text.mul_(block.logit_scale), d_logit_scale, d_logit_bias
 
 
@@ -116,7 +124,7 @@ class _SigmoidSum(torch.autograd.Function):
         loss, *grads = torch.ops.fastclip.sigmoid_loss_fwd_bwd(*inputs)
         ctx.save_for_backward(*grads, loss)
         ctx.dtypes = [x.dtype for x in inputs[:4]]
-        return (inputs[7] * loss).sum()
+        return _total(inputs[7] * loss)
 
     @staticmethod
     @once_differentiable
@@ -193,4 +201,4 @@ def sigmoid_sum(
     arguments = (image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:4], weights)):
         return _SigmoidSum.apply(*arguments, weights, impl)
-    return (weights * torch.ops.fastclip.sigmoid_loss_fwd(*arguments, impl)).sum()
+    return _total(weights * torch.ops.fastclip.sigmoid_loss_fwd(*arguments, impl))

@@ -30,7 +30,7 @@ def softplus(x: Tensor) -> Tensor:
 def signed_logits(logits: Tensor, block: Block, rows: slice) -> tuple[Tensor, Tensor]:
     """(x, sign) of z (rows, M): x_ij = -y_ij z_ij, but -inf for the own pair; sign is -y_ij."""
     sign = torch.ones_like(logits)
-    if block.row_groups is not None:
+    if block.row_groups is not None and block.col_groups is not None:
         sign.masked_fill_(block.row_groups[rows, None] == block.col_groups, -1)
     x = logits * sign
     x.diagonal(block.offset + rows.start).fill_(-torch.inf)

@@ -1,0 +1,67 @@
+"""open_clip's `CoCaLoss` over `ClipLoss`."""
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastclip.losses.clip import ClipLoss
+
+
+class CoCaLoss(ClipLoss):
+    """open_clip's `CoCaLoss` (Yu et al. 2022, arXiv 2205.01917): the contrastive loss, in O(N) memory, and the captions'.
+
+    Args:
+        caption_loss_weight: factor of the captions' cross-entropy.
+        clip_loss_weight: factor of the contrastive loss; 0 leaves it out.
+        pad_id: the token whose places in `labels` do not count.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, impl, group: as `ClipLoss`.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        impl: str = "auto",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, impl=impl, group=group)
+        self.caption_loss_weight = caption_loss_weight
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]  # open_clip's call: captions come before the scale
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(contrastive loss, caption loss), each times its weight, or {"contrastive_loss", "caption_loss"}.
+
+        Args:
+            image_features, text_features: (n, D) normalised.
+            logits: (n, L, V), of every next token.
+            labels: (n, L) int64, the tokens.
+            logit_scale: the exponentiated scale.
+        """
+        if logits.ndim != 3:
+            raise ValueError(f"logits has shape {tuple(logits.shape)}, must be (n, L, V)")
+        if labels.shape != logits.shape[:2]:
+            wanted = f"{tuple(logits.shape[:2])} as logits"
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, must be {wanted}")
+        clip_loss = logits.new_zeros(())
+        if self.clip_loss_weight:
+            loss = super().forward(image_features, text_features, logit_scale)
+            assert isinstance(loss, Tensor)
+            clip_loss = self.clip_loss_weight * loss
+        caption_loss = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
+        if output_dict:
+            return {"contrastive_loss": clip_loss, "caption_loss": caption_loss}
+        return clip_loss, caption_loss
