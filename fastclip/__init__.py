@@ -15,26 +15,40 @@ if TYPE_CHECKING:
     from fastclip.data import get_tokenizer
     from fastclip.grad_cache import GradCache
     from fastclip.interop.open_clip import create_model_and_transforms
-    from fastclip.losses import ClipLoss, contrastive_loss
+    from fastclip.losses import (
+        ClipLoss,
+        CoCaLoss,
+        DistillClipLoss,
+        SigLipLoss,
+        contrastive_loss,
+        sigmoid_loss,
+    )
     from fastclip.models import CLIP, create_model, load_checkpoint
     from fastclip.ops.attention import attention
 
 _ROOMS = {
     "CLIP": "models",
     "ClipLoss": "losses",
+    "CoCaLoss": "losses",
+    "DistillClipLoss": "losses",
     "GradCache": "grad_cache",
+    "SigLipLoss": "losses",
     "attention": "ops.attention",
     "contrastive_loss": "losses",
     "create_model": "models",
     "create_model_and_transforms": "interop.open_clip",
     "get_tokenizer": "data",
     "load_checkpoint": "models",
+    "sigmoid_loss": "losses",
 }
 
 __all__ = [
     "CLIP",
     "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
     "GradCache",
+    "SigLipLoss",
     "__version__",
     "attention",
     "contrastive_loss",
@@ -42,6 +56,7 @@ __all__ = [
     "create_model_and_transforms",
     "get_tokenizer",
     "load_checkpoint",
+    "sigmoid_loss",
 ]
 
 

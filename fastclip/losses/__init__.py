@@ -1,9 +1,22 @@
 """The losses people train with: functions and modules over the operators in `fastclip.ops` and a process group.
 
-Reading order: `contrastive` (the function), `clip` (open_clip's module over it), `checks`.
+Reading order: `contrastive` (the function), `clip` (open_clip's module over it), `sigmoid` and `siglip` (the same for
+SigLIP), `coca` and `distill` (open_clip's two over `clip`), `checks`, `ranks`.
 """
 
 from fastclip.losses.clip import ClipLoss
+from fastclip.losses.coca import CoCaLoss
 from fastclip.losses.contrastive import ContrastiveStats, contrastive_loss
+from fastclip.losses.distill import DistillClipLoss
+from fastclip.losses.siglip import SigLipLoss
+from fastclip.losses.sigmoid import sigmoid_loss
 
-__all__ = ["ClipLoss", "ContrastiveStats", "contrastive_loss"]
+__all__ = [
+    "ClipLoss",
+    "CoCaLoss",
+    "ContrastiveStats",
+    "DistillClipLoss",
+    "SigLipLoss",
+    "contrastive_loss",
+    "sigmoid_loss",
+]

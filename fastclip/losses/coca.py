@@ -7,7 +7,7 @@ from fastclip.losses.clip import ClipLoss
 
 
 class CoCaLoss(ClipLoss):
-    """open_clip's `CoCaLoss` (Yu et al. 2022, arXiv 2205.01917): the contrastive loss, in O(N) memory, and the captions'.
+    """open_clip's `CoCaLoss` (Yu et al. 2022, arXiv 2205.01917): contrastive loss in O(N) memory, and caption loss.
 
     Args:
         caption_loss_weight: factor of the captions' cross-entropy.

@@ -13,49 +13,45 @@ from fastclip.losses.clip import ClipLoss, _ScaleGradient
 from fastclip.losses.ranks import group_of
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits of each model held at once: 16 and 256 MB in fp32
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_CUDA = 1 << 22, 1 << 26  # logits of each model at once: 16 and 256 MB in fp32
 
 Side = tuple[Tensor, Tensor, Tensor]  # rows (n, D), columns (M, D), scale 0-dim: logits = scale * rows @ columns^T
 
 
-def _logits(side: Side, rows: slice) -> Tensor:
-    """(rows, M) in the accumulation dtype."""
-    left, right, scale = side
-    dtype = accumulation_dtype(left.dtype)
-    return (left[rows].to(dtype) @ right.to(dtype).T).mul_(scale.to(dtype))
-
-
-def _chunks(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, the student's logits, the teacher's probabilities) chunk by chunk."""
-    n, m = student[0].shape[0], student[1].shape[0]
-    step = max(1, _CHUNK_ELEMENTS.get(student[0].device.type, 1 << 22) // m)
+def _chunks(
+    left: Tensor, right: Tensor, scale: Tensor, teacher_left: Tensor, teacher_right: Tensor, teacher_scale: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, the student's logits, the teacher's probabilities), both (rows, M) in the accumulation dtype."""
+    n, m = left.shape[0], right.shape[0]
+    step = max(1, (_CHUNK_ELEMENTS if left.device.type == "cpu" else _CHUNK_ELEMENTS_CUDA) // m)
+    dtype, teacher_dtype = accumulation_dtype(left.dtype), accumulation_dtype(teacher_left.dtype)
+    columns, teacher_columns = right.to(dtype).T, teacher_right.to(teacher_dtype).T
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        logits = _logits(student, rows)
-        yield rows, logits, _logits(teacher, rows).softmax(1).to(logits.dtype)
+        logits = (left[rows].to(dtype) @ columns).mul_(scale.to(dtype))
+        teacher_logits = (teacher_left[rows].to(teacher_dtype) @ teacher_columns).mul_(teacher_scale.to(teacher_dtype))
+        yield rows, logits, teacher_logits.softmax(1).to(dtype)
 
 
 class _DistillRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        student, teacher = tensors[:3], tensors[3:]
-        loss = tensors[0].new_empty(tensors[0].shape[0], dtype=accumulation_dtype(tensors[0].dtype))
+        left = tensors[0]
+        loss = left.new_empty(left.shape[0], dtype=accumulation_dtype(left.dtype))
         with torch.autocast(loss.device.type, enabled=False):
-            for rows, logits, target in _chunks(student, teacher):
+            for rows, logits, target in _chunks(*tensors):
                 loss[rows] = target.mul_(logits.log_softmax(1)).sum(1).neg_()
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        student, teacher = tensors[:3], tensors[3:]
-        left, right, scale = student
+        left, right, scale, *_ = ctx.saved_tensors
         columns = right.to(d_loss.dtype)
         grad_left, grad_right = torch.empty_like(left, dtype=d_loss.dtype), torch.zeros_like(columns)
         with torch.autocast(d_loss.device.type, enabled=False):
-            for rows, logits, target in _chunks(student, teacher):
+            for rows, logits, target in _chunks(*ctx.saved_tensors):
                 d_logits = logits.softmax(1).sub_(target).mul_(d_loss[rows, None])
                 grad_left[rows] = d_logits @ columns
                 grad_right.addmm_(d_logits.T, left[rows].to(d_loss.dtype))
@@ -65,7 +61,9 @@ class _DistillRows(torch.autograd.Function):
             grad_left.mul_(factor).to(left.dtype),
             grad_right.mul_(factor).to(right.dtype),
             d_scale,
-            *[None] * len(teacher),
+            None,
+            None,
+            None,
         )
 
 
