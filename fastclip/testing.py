@@ -72,6 +72,47 @@ def exact_contrastive_loss(image_features: Tensor, text_features: Tensor, logit_
     return (rows + columns).mean() / 2
 
 
+def textbook_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    labels: Tensor | None = None,
+    group_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    group_mode: str = "positive",
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    directions: str = "both",
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """`contrastive_loss` of one process as its docstring has it, with matrices of logits, targets and denominators."""
+    image, text = image_features, text_features
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    z, n = logit_scale * image @ text.T, len(image)
+    labels = torch.arange(n, device=z.device) if labels is None else labels
+    image_ids, text_ids = group_ids if isinstance(group_ids, tuple) else (group_ids, group_ids)
+    own = torch.zeros_like(z, dtype=torch.bool)
+    own[torch.arange(n), labels] = True
+    same = own if image_ids is None or text_ids is None else image_ids[:, None] == text_ids
+    is_kept = own | ~same if group_mode == "ignore" else torch.ones_like(own)
+    is_positive = own if group_mode == "ignore" else same
+
+    def cross_entropy(logits: Tensor, positives: Tensor, kept: Tensor) -> Tensor:
+        targets = positives.to(z.dtype) / positives.sum(1, keepdim=True)
+        targets = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
+        expected = torch.where(kept, targets * logits, 0).sum(1)
+        return logits.masked_fill(~kept, -torch.inf).logsumexp(1) - expected
+
+    rows = cross_entropy(z, is_positive, is_kept)
+    columns = cross_entropy(*(x.T[labels] for x in (z, is_positive, is_kept)))
+    loss = {"both": (rows + columns) / 2, "image": rows, "text": columns}[directions]
+    weights = torch.ones_like(loss) if weights is None else weights
+    total = (weights * loss).sum()
+    return {"none": weights * loss, "sum": total, "mean": total / weights.sum()}[reduction]
+
+
 def value_and_gradients(
     loss: Callable[..., Tensor], inputs: LossInputs, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:

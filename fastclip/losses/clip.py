@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastclip.distributed import all_gather
+from fastclip.distributed import all_gather, check_equal_rows
 from fastclip.losses.contrastive import Reduction, contrastive_loss, loss_of
+from fastclip.losses.ranks import check_ranks, group_of
 from fastclip.ops.contrastive_loss import contrastive_block
 
 
@@ -50,8 +51,7 @@ class ClipLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}, must be at least 0 and below world_size, which is {world_size}")
+        check_ranks(rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -76,7 +76,7 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        group = None if self.world_size == 1 else self._group()
+        group = group_of(self.rank, self.world_size, self.group)
         if group is not None and not self.gather_with_grad:
             if self.local_loss:
                 return self._local_loss(image_features, text_features, logit_scale, group)
@@ -92,6 +92,8 @@ class ClipLoss(nn.Module):
     def _local_loss(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, group: dist.ProcessGroup
     ) -> Tensor:
+        if image_features.device.type == "cpu":
+            check_equal_rows("image_features", image_features, group)
         image_to_text = self._row_loss(image_features, all_gather(text_features.detach(), group), logit_scale)
         text_to_image = self._row_loss(text_features, all_gather(image_features.detach(), group), logit_scale)
         return (image_to_text + text_to_image) / 2
@@ -102,14 +104,3 @@ class ClipLoss(nn.Module):
             rows, columns, logit_scale.reshape(()), offset, self.impl
         )
         return loss_of(positive, row_max, row_log_sum).mean()
-
-    def _group(self) -> dist.ProcessGroup:
-        group = self.group or dist.group.WORLD
-        if group is None:
-            raise ValueError(f"world_size is {self.world_size}, must be 1 before torch.distributed.init_process_group")
-        found = (dist.get_rank(group), dist.get_world_size(group))
-        if found != (self.rank, self.world_size):
-            raise ValueError(
-                f"rank, world_size are {(self.rank, self.world_size)}, must be those of the group: {found}"
-            )
-        return group
