@@ -174,8 +174,8 @@ def sigmoid_rows(
         impl: "auto", "reference", "dense", "cpu" or "triton".
 
     Returns:
-        (n,) sum_j softplus(-y_ij z_ij) in fp32 (fp64 for fp64 input). Differentiable once, at the price of making the
-        logits again: four products in all. Nothing beside the inputs is kept.
+        (n,) sum_j softplus(-y_ij z_ij) in fp32 (fp64 for fp64 input). Differentiable once, at the price of making
+        the logits again: four products in all. Nothing beside the inputs is kept.
     """
     return _SigmoidRows.apply(
         image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, impl
@@ -196,7 +196,7 @@ def sigmoid_sum(
     """sum_i weights_i loss_i of `sigmoid_rows`, weights (n,) in the accumulation dtype.
 
     Where a gradient is needed it is made in the same pass, three products in all, and kept in the accumulation dtype,
-    (n + M) D values, until backward.
+    (n + M) D values, until backward. To a second differentiation it is a constant.
     """
     arguments = (image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:4], weights)):
