@@ -1,163 +1,199 @@
-"""The losses on several gloo ranks against one process, and open_clip's four kinds of gathering."""
+"""`contrastive_loss` on several gloo ranks against the matrices of one process, gathered and round a ring."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
-import torch.nn.functional as F
 from contrastive_loss_helpers import run_on_ranks
-from peers import open_clip_module
-from torch import Tensor
+from losses_helpers import OPTIONS, Problem, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastclip.losses import ClipLoss, contrastive_loss
-from fastclip.testing import clip_features, value_and_gradients
+from fastclip.testing import clip_features, relative_error, textbook_contrastive_loss, value_and_gradients
 
-N, D, SCALE = 12, 7, 30.0
-KINDS = ("random", "converged", "permuted")
-
-
-def own(x: Tensor) -> Tensor:
-    n = len(x) // dist.get_world_size()
-    return x.detach()[dist.get_rank() * n :][:n].clone().requires_grad_()
-
-
-def sharded(kind: str, options: dict[str, Any]) -> list[Any]:
-    image, text, scale = clip_features(N, D, kind=kind, dtype=torch.float64, scale=SCALE)
-    leaves = (own(image), own(text), scale)
-    loss, stats = contrastive_loss(*leaves, group=dist.group.WORLD, return_stats=True, **options)
-    weights = (
-        torch.linspace(1, 2, N, dtype=torch.float64)[dist.get_rank() * len(loss) :][: len(loss)] if loss.ndim else 1
-    )
-    grads = torch.autograd.grad((loss * weights).sum(), leaves)
-    return [x.detach().numpy() for x in (loss, *grads, *stats)]
+# (images, texts) by rank; "uneven" also has texts that are nobody's
+SIZES = {
+    1: {"even": ((5,), (5,)), "uneven": ((4,), (7,))},
+    2: {"even": ((4, 4), (4, 4)), "extra": ((3, 3), (5, 5)), "uneven": ((1, 6), (2, 6))},
+    4: {"even": ((3,) * 4, (3,) * 4), "uneven": ((2, 5, 1, 3), (4, 5, 1, 6))},
+}
+CASES = [(world_size, sizes) for world_size, kinds in SIZES.items() for sizes in kinds]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_ranks_agree_with_one_process(world_size: int, reduction: str) -> None:
-    options = {"reduction": reduction, "directions": {"mean": "both", "sum": "image", "none": "text"}[reduction]}
-    for kind in KINDS[: 3 if reduction == "mean" else 1]:
-        inputs = clip_features(N, D, kind=kind, dtype=torch.float64, scale=SCALE)
-        loss, stats = contrastive_loss(*inputs, return_stats=True, **options)
-        weights = torch.linspace(1, 2, N, dtype=torch.float64) if reduction == "none" else 1
-        grads = [g.numpy() for g in torch.autograd.grad((loss * weights).sum(), inputs)]
-        ranks = run_on_ranks(world_size, sharded, kind, options)
-        losses, d_image, d_text, d_scale, row_lse, col_lse, hits = zip(*ranks, strict=True)
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)  # noqa: E731
-        times = 1 if reduction == "none" else world_size  # the gradient is that of the sum over ranks
-        if reduction == "none":
-            close(np.concatenate(losses), loss.detach().numpy())
-        else:
-            assert all(close(x, loss.item()) is None for x in losses)
-        close(np.concatenate(d_image), times * grads[0])
-        close(np.concatenate(d_text), times * grads[1])
-        close(np.sum(d_scale), times * grads[2])
-        close(np.concatenate(row_lse), stats.row_lse.numpy())
-        close(np.concatenate(col_lse), stats.col_lse.numpy())
-        assert (np.concatenate(hits, 1) == stats.hits.numpy()).all()
+def coefficients(n: int) -> torch.Tensor:
+    return torch.linspace(1, 2, n, dtype=torch.float64)
 
 
-def gathered(x: Tensor, with_grad: bool) -> Tensor:
-    if with_grad:
-        return torch.cat(dist_nn.all_gather(x))
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+def on_this_rank(problem: Problem, wanted: dict[str, Any], group: Any, **more: Any) -> list[Any]:
+    """[loss, its gradients for image, text, scale and weights, *stats]."""
+    rank, group = dist.get_rank(group), group or dist.group.WORLD
+    options = problem.options(wanted, rank)
+    leaves = problem.leaves(rank)
+    loss, stats = contrastive_loss(*leaves, group=group, return_stats=True, **options, **more)
+    inputs = [*leaves, *(options[name] for name in ("weights",) if name in options)]
+    factors = coefficients(sum(problem.images))[problem.part(rank)[0]] if loss.ndim else 1
+    return [x.detach().numpy() for x in (loss, *torch.autograd.grad((loss * factors).sum(), inputs), *stats)]
 
 
-def open_clip_formula(image: Tensor, text: Tensor, scale: Tensor, local_loss: bool, gather_with_grad: bool) -> Tensor:
-    """open_clip's ClipLoss with its matrices, from the semantics of its two switches."""
-    rank, n = dist.get_rank(), len(image)
-    all_image, all_text = gathered(image, gather_with_grad), gathered(text, gather_with_grad)
-    if not gather_with_grad and not local_loss:
-        all_image, all_text = (
-            torch.cat([everyone[: rank * n], mine, everyone[(rank + 1) * n :]])
-            for everyone, mine in ((all_image, image), (all_text, text))
-        )
-    if local_loss:
-        per_image, per_text = scale * image @ all_text.T, scale * text @ all_image.T
+def every_case() -> dict[str, list[Any]]:
+    """All that the tests ask of this rank, so that there are no more processes than must be."""
+    world_size, results = dist.get_world_size(), {}
+    for sizes, (images, texts) in SIZES[world_size].items():
+        for name, wanted in OPTIONS.items():
+            for ring in (False, True):
+                key = f"{sizes}, {name}, {'ring' if ring else 'gathered'}"
+                results[key] = on_this_rank(make_problem(images, texts), wanted, None, ring=ring)
+    more = {2: {"rounded": rounded, "mistakes": mistakes}, 4: {"subgroups": in_subgroups, "largest": largest}}
+    return results | {key: function() for key, function in more.get(world_size, {}).items()}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[str, list[Any]]]]:
+    return {world_size: run_on_ranks(world_size, every_case) for world_size in SIZES}
+
+
+def truth(problem: Problem, wanted: dict[str, Any]) -> list[torch.Tensor]:
+    options, leaves = problem.options(wanted), problem.leaves()
+    loss = textbook_contrastive_loss(*leaves, **options)
+    inputs = [*leaves, *(options[name] for name in ("weights",) if name in options)]
+    factors = coefficients(len(loss)) if loss.ndim else 1
+    return [loss.detach(), *torch.autograd.grad((loss * factors).sum(), inputs)]
+
+
+def assert_ranks_are_right(problem: Problem, wanted: dict[str, Any], results: list[list[Any]]) -> None:
+    """The gradient is that of the sum over ranks of what they return."""
+    loss, d_image, d_text, d_scale, *d_weights = (x.numpy() for x in truth(problem, wanted))
+    times = 1 if loss.ndim else len(results)
+    values = list(zip(*results, strict=True))
+
+    def close(a: Any, b: Any, what: str) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13, err_msg=what)
+
+    if loss.ndim:
+        close(np.concatenate(values[0]), loss, "loss")
     else:
-        per_image = scale * all_image @ all_text.T
-        per_text = per_image.T
-    labels = torch.arange(len(per_image)) + (rank * n if local_loss else 0)
-    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        close(np.array(values[0]), np.full(len(results), loss), "loss")
+    close(np.concatenate(values[1]), times * d_image, "d_image_features")
+    close(np.concatenate(values[2]), times * d_text, "d_text_features")
+    close(np.sum(values[3]), times * d_scale, "d_logit_scale")
+    for own in d_weights:
+        close(np.concatenate(values[4]), times * own, "d_weights")
+    options, leaves = problem.options({k: v for k, v in wanted.items() if k != "weights"}), problem.leaves()
+    _, stats = contrastive_loss(*leaves, return_stats=True, impl="reference", **options)
+    row_lse, col_lse, hits = values[-3:]
+    close(np.concatenate(row_lse), stats.row_lse.numpy(), "row_lse")
+    close(np.concatenate(col_lse), stats.col_lse.numpy(), "col_lse")
+    assert (np.concatenate(hits, 1) == stats.hits.numpy()).all()
 
 
-def both_ways(local_loss: bool, gather_with_grad: bool) -> tuple[list[Any], list[Any]]:
-    image, text, scale = clip_features(N, D, dtype=torch.float64, scale=SCALE)
-    leaves = (own(image), own(text), scale)
-    module = ClipLoss(local_loss, gather_with_grad, rank=dist.get_rank(), world_size=dist.get_world_size())
-    ours = value_and_gradients(module, leaves)
-    theirs = value_and_gradients(lambda *x: open_clip_formula(*x, local_loss, gather_with_grad), leaves)
-    return [x.numpy() for x in ours], [x.numpy() for x in theirs]
+@pytest.mark.parametrize("how", ["gathered", "ring"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("world_size", "sizes"), CASES)
+def test_ranks_are_one_process(ranks: Any, world_size: int, sizes: str, name: str, how: str) -> None:
+    problem = make_problem(*SIZES[world_size][sizes])
+    results = [result[f"{sizes}, {name}, {how}"] for result in ranks[world_size]]
+    assert_ranks_are_right(problem, OPTIONS[name], results)
 
 
-@pytest.mark.parametrize("local_loss", [False, True])
-@pytest.mark.parametrize("gather_with_grad", [False, True])
-def test_clip_loss_gathers_as_open_clip(local_loss: bool, gather_with_grad: bool) -> None:
-    ranks = run_on_ranks(2, both_ways, local_loss, gather_with_grad)
-    for ours, theirs in ranks:
-        for mine, other in zip(ours[:3], theirs[:3], strict=True):
-            np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-14)
-    ours, theirs = (np.mean([rank[way][3] for rank in ranks]) for way in (0, 1))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+def in_subgroups() -> list[list[Any]]:
+    """Ranks 0 and 2 solve one problem, ranks 1 and 3 another at the same time: gathered, and round a ring."""
+    groups = [dist.new_group(members) for members in ([0, 2], [1, 3])]
+    mine = dist.get_rank() % 2
+    problem = make_problem(*SIZES[2]["uneven"], seed=mine)
+    return [on_this_rank(problem, OPTIONS["positive"], groups[mine], ring=ring) for ring in (False, True)]
 
 
-GATHERS = [(local_loss, gather_with_grad) for local_loss in (False, True) for gather_with_grad in (False, True)]
+def test_subgroups_keep_to_themselves(ranks: Any) -> None:
+    results = [result["subgroups"] for result in ranks[4]]
+    for mine in (0, 1):
+        problem = make_problem(*SIZES[2]["uneven"], seed=mine)
+        for way in (0, 1):
+            assert_ranks_are_right(problem, OPTIONS["positive"], [results[mine][way], results[mine + 2][way]])
 
 
-def with_open_clip() -> list[list[list[Any]]]:
-    """[ours, theirs] by kind of gathering: the loss and its three gradients on this rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    image, text, scale = clip_features(N, D, dtype=torch.float64, scale=SCALE)
-    leaves = (own(image), own(text), scale)
-    results = []
-    for kind in GATHERS:
-        both = (module(*kind, cache_labels=True, rank=rank, world_size=world_size) for module in clip_losses())
-        results.append([[x.numpy() for x in value_and_gradients(loss, leaves)] for loss in both])
-    return results
+def rounded() -> list[list[Any]]:
+    """Gradients of bfloat16 features on this rank, gathered and round a ring."""
+    image, text, scale = clip_features(64, 32, kind="clip", dtype=torch.bfloat16)
+    own = slice(32 * dist.get_rank(), 32 * (dist.get_rank() + 1))
+    leaves = (image.detach()[own].requires_grad_(), text.detach()[own].requires_grad_(), scale)
+    losses = [partial(contrastive_loss, group=dist.group.WORLD, impl="reference", ring=ring) for ring in (False, True)]
+    results = [value_and_gradients(loss, leaves) for loss in losses]
+    return [[x.numpy() for x in result] for result in results]
 
 
-def clip_losses() -> tuple[Any, Any]:
-    return ClipLoss, open_clip_module("open_clip.loss").ClipLoss
+@pytest.mark.parametrize("way", [0, 1])
+def test_gradients_of_16_bits_are_summed_over_ranks_in_32(ranks: Any, way: int) -> None:
+    """1.7e-3 is what rounding to bfloat16 once does; summing two rounded parts and rounding again is above 2e-3."""
+    results = [result["rounded"][way] for result in ranks[2]]
+    inputs = clip_features(64, 32, kind="clip", dtype=torch.bfloat16)
+    exact = value_and_gradients(textbook_contrastive_loss, inputs, torch.float64)
+    for which in (1, 2):
+        found = torch.from_numpy(np.concatenate([result[which] for result in results])) / 2
+        assert relative_error(found, exact[which]) < 1.8e-3
 
 
-@pytest.mark.peer
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_clip_loss_is_open_clips(world_size: int) -> None:
-    clip_losses()  # skips where open_clip is missing
-    ranks = run_on_ranks(world_size, with_open_clip)
-    for kind, results in zip(GATHERS, zip(*ranks, strict=True), strict=True):
-        for ours, theirs in results:
-            for mine, other in zip(ours[:3], theirs[:3], strict=True):
-                np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-14, err_msg=str(kind))
-        ours, theirs = (np.mean([result[way][3] for result in results]) for way in (0, 1))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-10, err_msg=str(kind))
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))])
+        return made
 
 
-def uneven() -> str:
-    image, text, scale = clip_features(3 + dist.get_rank(), D)
+def largest() -> list[int]:
+    """Gathered, and round a ring."""
+    found = []
+    for ring in (False, True):
+        leaves = make_problem((4,) * 4, (4,) * 4, d=100).leaves(dist.get_rank())
+        with Largest() as mode:
+            contrastive_loss(*leaves, group=dist.group.WORLD, ring=ring, normalize=True).backward()
+        found.append(mode.elements)
+    return found
+
+
+def test_a_ring_holds_no_tensor_of_all_texts(ranks: Any) -> None:
+    assert [result["largest"] for result in ranks[4]] == [[1600, 400]] * 4
+
+
+def message(call: Any) -> str:
     try:
-        contrastive_loss(image, text, scale, group=dist.group.WORLD)
+        call()
     except ValueError as error:
         return str(error)
     return "no error"
 
 
-def wrong_rank() -> str:
-    try:
-        ClipLoss(rank=0, world_size=3)(*clip_features(3, D))
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def mistakes() -> list[str]:
+    """What this rank is told of mistakes that rank 1 makes alone, and of some that all make."""
+    is_wrong, group = dist.get_rank() == 1, dist.group.WORLD
+    image, text, scale = (x.detach() for x in clip_features(3, 4))
+    labels, weights = torch.arange(3), torch.ones(3)
+    twice = torch.tensor([0, 1, 1]) if is_wrong else labels
+    negative = -weights if is_wrong else weights
+    nothing = image[:0] if is_wrong else image
+    return [
+        message(lambda: contrastive_loss(image, text, scale, labels=twice, group=group)),
+        message(lambda: contrastive_loss(image, text, scale, weights=negative, group=group)),
+        message(lambda: contrastive_loss(nothing, text, scale, group=group)),
+        message(lambda: ClipLoss(rank=0, world_size=3)(image, text, scale)),
+        message(lambda: contrastive_loss(image, text, scale, group=group)),
+    ]
 
 
-def test_mistakes_are_told_on_every_rank() -> None:
-    expected = "image_features has [3, 4] rows on the ranks of the group, must have the same number on each"
-    assert run_on_ranks(2, uneven) == [expected] * 2
-    assert all("must be those of the group: " in message for message in run_on_ranks(2, wrong_rank))
+def test_mistakes_are_told_on_every_rank(ranks: Any) -> None:
+    right, wrong = (result["mistakes"] for result in ranks[2])
+    assert "labels has the same value twice" in wrong[0]
+    assert "weights has negative values" in wrong[1]
+    assert "image_features has shape (0, 4)" in wrong[2]
+    assert all("input of ranks [1] of the group was refused" in told for told in right[:3])
+    assert all("must be those of the group: " in told for told in (right[3], wrong[3]))
+    assert right[4] == wrong[4] == "no error"
