@@ -176,8 +176,11 @@ def contrastive_loss(
 
 
 def loss_of(positive: Tensor, highest: Tensor, log_sum: Tensor) -> Tensor:
-    """log(1 + sum_negatives exp(z - z_positive)), with the negatives' log-sum-exp as highest + log_sum."""
-    return F.softplus((highest - positive) + log_sum, threshold=_EXACT_SOFTPLUS)
+    """log(1 + sum_negatives exp(z - z_positive)), with the negatives' log-sum-exp as highest + log_sum.
+
+    An infinite positive, from an infinite feature, is NaN as it is in a log-sum-exp, not a loss of 0.
+    """
+    return F.softplus((highest - positive) + log_sum, threshold=_EXACT_SOFTPLUS) + 0 * positive
 
 
 def _halves(group_ids: GroupIds | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
