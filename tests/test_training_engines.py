@@ -9,9 +9,9 @@ import pytest
 import torch
 from contrastive_loss_helpers import run_on_ranks
 from torch import Tensor
-from training_helpers import ENGINES, Small, State, debug_model, error, small, whole_batch_sgd
+from training_helpers import ENGINES, Small, State, debug_model, error, small, this_rank, whole_batch_sgd
 
-from fastclip.training.processes import Processes, start_processes
+from fastclip.training.processes import Processes
 
 STEPS, CHUNKS, TIMEOUT = 3, 3, 300
 MUTATIONS = [
@@ -45,7 +45,7 @@ def broken(made: Small, mutation: str) -> Small:
 
 
 def exactness() -> dict[str, Any]:
-    processes = start_processes()
+    processes = this_rank()
     truth, norms = whole_batch_sgd(STEPS)
     found: dict[str, Any] = {"norms": norms}
 
@@ -139,14 +139,14 @@ def with_the_rest() -> dict[str, Any]:
     found = variants({"muon": {"optimizer": "muon"}, "bf16": {"optimizer": "adamw", "precision": "bf16"}})
     for _, stage in ENGINES[1:]:
         for chunk in (3, 8):
-            failed = after_a_failure(small(start_processes(), "deepspeed", stage, chunk_size=chunk))
+            failed = after_a_failure(small(this_rank(), "deepspeed", stage, chunk_size=chunk))
             found[f"failed in chunks of {chunk} {stage}"] = failed
     return found
 
 
 def variants(options_by_name: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By variant, engine and stage: the distance from engine torch, the one from DeepSpeed's stage 0, a bad step."""
-    processes, found = start_processes(), {}
+    processes, found = this_rank(), {}
     for name, options in options_by_name.items():
         states = {engine: trained(processes, *engine, **options) for engine in ENGINES}
         for engine, state in states.items():

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 from contrastive_loss_helpers import run_on_ranks
-from training_helpers import ENGINES, lines, losses, options, small_data
+from training_helpers import ENGINES, lines, losses, options, small_data, this_rank
 
 from fastclip.training.__main__ import parse
 from fastclip.training.loop import train
 from fastclip.training.metrics import KEYS
-from fastclip.training.processes import start_processes
 
 STEPS, TIMEOUT = 6, 400
 
 
 def run(data: Path, out: Path, **changed: Any) -> None:
-    train(parse(options(data, out, steps=STEPS, save_every=3, **changed)), start_processes())
+    train(parse(options(data, out, steps=STEPS, save_every=3, **changed)), this_rank())
 
 
 def all_runs(data: Path, folder: Path, precision: str) -> None:
@@ -28,9 +27,9 @@ def all_runs(data: Path, folder: Path, precision: str) -> None:
         choice = {"engine": engine, "zero_stage": stage, "precision": precision}
         out, again = folder / f"{engine}{stage}", folder / f"{engine}{stage}-again"
         run(data, out, **choice)
-        if start_processes().is_first:
+        if this_rank().is_first:
             shutil.copytree(out, again)
-        start_processes().barrier()
+        this_rank().barrier()
         run(data, again, resume=again / "checkpoints" / "step_00000003", **choice)
     run(data, folder / "half", chunk_size=2, precision=precision)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from contrastive_loss_helpers import free_port
 from data_helpers import WORDS, write_samples
 from torch import Tensor
@@ -23,11 +24,17 @@ from fastclip.training.config import TrainConfig
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.loop import Loss, build_grad_cache
-from fastclip.training.processes import Processes
+from fastclip.training.processes import Processes, start_processes
 
 MODEL, BATCH, CHUNK = "debug", 16, 3
 ENGINES = (("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
 State = dict[str, Tensor]
+
+
+def this_rank() -> Processes:
+    """Inside `run_on_ranks`, with its share of the cores."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    return start_processes()
 
 
 def global_batches(count: int) -> list[tuple[Tensor, Tensor]]:
