@@ -1,0 +1,99 @@
+"""One implementation on one problem: loaded, judged, warmed up and timed; here or in another process.
+
+A `Remote` has the same calls and passes them on to a `Runner` in a process whose `fastclip` is another commit's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.case import Case, Problem, Variant
+from benchmarks.gate import GATE_SIZE, Errors, errors_of
+from benchmarks.timing import Sample, time_block
+
+
+class Runner:
+    def __init__(self, case: Case, problem: Problem, variant: Variant) -> None:
+        self.case, self.problem, self.variant = case, problem, variant
+        self.loss = variant.load()
+
+    def errors(self) -> Errors:
+        """Against fp64."""
+        return errors_of(self.case, self.problem, self.loss, self.variant.without_gradient)
+
+    def expected_seconds(self) -> float:
+        """How long a call takes, from one at the gate's size; 0 where the problem is no larger."""
+        capped = self.problem.capped(GATE_SIZE)
+        if capped == self.problem:
+            return 0.0
+        start = time.perf_counter()
+        self.inputs = self.case.make_inputs(capped)
+        self.block(1)
+        return (time.perf_counter() - start) * (self.problem.sizes[0][1] / GATE_SIZE) ** 2
+
+    def warm_up(self) -> float:
+        """Seconds a call takes, from the second on."""
+        self.inputs = self.case.make_inputs(self.problem)
+        if self.problem.capped(GATE_SIZE) != self.problem or self.variant.compiles or self.problem.device == "cuda":
+            self.block(1)
+        start = time.perf_counter()
+        self.block(1)
+        return time.perf_counter() - start
+
+    def block(self, repeats: int) -> Sample:
+        return time_block(self.loss, self.inputs, self.variant.without_gradient, repeats)
+
+
+class Remote:
+    """A `Runner` in the process that `prelude` gives its `fastclip`."""
+
+    def __init__(self, case: Case, problem: Problem, impl: str, prelude: str) -> None:
+        code = f"{prelude}\nfrom benchmarks.runner import serve\nserve()"
+        arguments = [sys.executable, "-c", code, case.op, impl, problem.to_json(), str(torch.get_num_threads())]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def errors(self) -> Errors:
+        return Errors(*self._ask("errors"))
+
+    def expected_seconds(self) -> float:
+        return self._ask("expected_seconds")
+
+    def warm_up(self) -> float:
+        return self._ask("warm_up")
+
+    def block(self, repeats: int) -> Sample:
+        return Sample(*self._ask("block", repeats))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def _ask(self, call: str, *arguments: int) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([call, *arguments]) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of the other commit ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+
+def serve() -> None:
+    """The other side of `Remote`: a call a line as JSON on stdin, its answer a line on stdout."""
+    from benchmarks.cases import CASES
+
+    op, impl, problem_json, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    case, problem = CASES[op], Problem.from_json(problem_json)
+    runner = Runner(case, problem, case.variant(problem, impl))
+    for line in sys.stdin:
+        call, *arguments = json.loads(line)
+        print(json.dumps(getattr(runner, call)(*arguments)), flush=True)
