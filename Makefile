@@ -2,6 +2,8 @@
 # make test       the fast tests (<= 15 minutes on 2 cores from nothing)
 # make test-all   all tests: also the long ones, and those beside other packages
 # make lint       ruff and mypy
+# make bench      measures the CPU part (about 5 minutes on a quiet machine): benchmarks/results/, the tables in docs/
+# make lab        for a GPU at hand for minutes: builds, tests, measures what matters most first, into $(LAB_OUT)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +12,16 @@ PEERS := $(VENV)/.peers
 DEMO_DATA ?= data/demo
 DEMO_RUN ?= runs/demo
 DEMO_MINUTES ?= 5.5
+LAB_OUT ?= build/lab
+LAB_SECONDS ?= 540
+RESULTS := benchmarks/results
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint build env clean
+.PHONY: demo test test-all lint bench lab build env clean
 
 env: $(STAMP)
 
@@ -55,6 +60,17 @@ test-all: $(STAMP) $(PEERS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP) $(PEERS)
+	@rm -f $(RESULTS)/cpu.csv $(RESULTS)/quick.csv
+	@$(BIN)/python -m benchmarks --device cpu --out $(RESULTS)/cpu.csv
+	@$(BIN)/python -m benchmarks --device cpu --quick --out $(RESULTS)/quick.csv
+	@$(BIN)/python -m benchmarks.plot $(RESULTS)/cpu.csv
+	@$(BIN)/python -m benchmarks.table
+
+# With the interpreter that is there, no environment and no network: see benchmarks/lab.py.
+lab:
+	@$(PYTHON) -m benchmarks.lab --out $(LAB_OUT) --time-budget $(LAB_SECONDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastclip/*.so

@@ -154,9 +154,9 @@ def _time(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -
     by_name = {candidate.variant.impl: candidate for candidate in candidates}
     subjects = {name: candidate.runner for name, candidate in by_name.items()}
     samples, failures = interleave(subjects, repeats, run.seconds, least=3 if problem.sizes[0][1] > GATE_SIZE else 5)
-    for name, error in failures.items():
+    for name, failure in failures.items():
         candidates.remove(by_name[name])
-        _fail(case, problem, run, by_name[name].variant, error)
+        _fail(case, problem, run, by_name[name].variant, failure)
     for name, taken in samples.items():
         by_name[name].times = quantiles(taken)
 
