@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastclip.losses import sigmoid_loss
 from fastclip.ops import _extension
-from fastclip.ops.sigmoid_loss import explain, implementations, reference, sigmoid_rows, sigmoid_sum
+from fastclip.ops.sigmoid_loss import explain, implementations, op, reference, sigmoid_rows, sigmoid_sum
 from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
 
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(_extension.load() is not None, reason="csrc"))
@@ -237,16 +238,30 @@ def test_bitwise_deterministic(impl: str) -> None:
 
 
 @pytest.mark.skipif(_extension.load() is not None, reason="csrc")
-@pytest.mark.parametrize(("n", "d"), [(3, 4096), (1300, 80)])
+@pytest.mark.parametrize(("n", "d"), [(3, 4096), (1300, 80), (700, 512)])
 def test_cpu_kernel_gives_the_same_bits_on_any_number_of_threads(n: int, d: int) -> None:
-    inputs, runs, before = sigmoid_inputs(n, d, kind="clip", dtype=torch.float32), [], torch.get_num_threads()
+    inputs = sigmoid_inputs(n, d, dtype=torch.float32)
+    first, *others = on_threads(lambda: results_of(inputs, impl="cpu"))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_totals_are_the_same_bits_on_any_number_of_threads() -> None:
+    x = torch.randn(100_000)
+    first, *others = on_threads(lambda: op._total(x))
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first.double(), x.double().sum(), rtol=1e-5, atol=0)
+
+
+def on_threads(run: Callable[[], Any]) -> list[Any]:
+    """run() with one, two and three threads."""
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            runs.append(results_of(inputs, impl="cpu"))
+            results.append(run())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    return results
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
