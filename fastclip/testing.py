@@ -27,7 +27,8 @@ def clip_features(
 
     kind: "random" (as at initialisation: no pair is alike), "clip" (positives near cos 0.33, negatives near 0.15: a
         trained CLIP), "converged" (every text equals its image), "permuted" (every text equals another image: the loss
-        is near its worst), "duplicates" (all pairs the same), "zero" (random, with a zero vector in each tower).
+        is near its worst), "antipodal" (every text is opposite to its image: worse), "negative" (all cosines below 0),
+        "duplicates" (all pairs the same), "zero" (random, with a zero vector in each tower).
     """
     generator = torch.Generator().manual_seed(seed)
     image, text = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -41,12 +42,19 @@ def clip_features(
         text = image.clone()
     elif kind == "permuted":
         text = image.roll(1, 0)
+    elif kind == "antipodal":
+        text = -image
+    elif kind == "negative":
+        shared = torch.full((1, d), 3 / d**0.5, dtype=torch.float64)
+        noise = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
+        image, text = (sign * shared + x for sign, x in zip((1, -1), noise, strict=True))
     elif kind == "duplicates":
         image, text = image[:1].repeat(n, 1), text[:1].repeat(n, 1)
     elif kind == "zero":
         image[0], text[-1] = 0, 0
     elif kind != "random":
-        raise ValueError(f"kind is {kind!r}, must be random, clip, converged, permuted, duplicates or zero")
+        kinds = "random, clip, converged, permuted, antipodal, negative, duplicates or zero"
+        raise ValueError(f"kind is {kind!r}, must be {kinds}")
     image, text = (F.normalize(x, dim=1).to(device=device, dtype=dtype).requires_grad_() for x in (image, text))
     scale_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return image, text, torch.tensor(scale, dtype=scale_dtype, device=device, requires_grad=True)

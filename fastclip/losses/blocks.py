@@ -11,6 +11,7 @@ from torch import Tensor
 from fastclip.distributed import Layout
 
 Mask = tuple[int, Tensor | None]  # the block's offset, or the labels of its rows
+Lse = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Problem(NamedTuple):
@@ -51,14 +52,14 @@ def block_gradients(
     text: Tensor,
     text_ids: Tensor | None,
     mask: Mask,
-    lse: tuple[Tensor, Tensor],
+    lse: Lse,
     d_positive: Tensor,
     d_rows: list[Tensor],
     d_columns: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """dz @ text (n, D) and dz^T @ image (M, D).
 
-    lse: of the negatives of the rows (n,) and of the columns (M,), over all ranks.
+    lse: of the negatives of the rows (n,) and of the columns (M,), max and log sum, over all ranks.
     d_rows, d_columns: the gradients of their log sum, and then of each of the sums.
     """
     groups = _groups(problem, text_ids, problem.ignores)

@@ -15,17 +15,17 @@ def statistics(problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tenso
     text, text_ids = _gathered(problem)
     rows, columns = block_statistics(problem, text, text_ids, _mask(problem))
     if layout.group is None:
-        return rows, columns, [columns[0] + columns[1]]
+        return rows, columns, columns[:2]
     col_max, col_log_sum = merge_log_sum(columns[0], columns[1], layout.group)
     columns = [col_max, col_log_sum, *(sum_over_ranks(x, layout.group) for x in columns[2:])]
     own = slice(layout.first_text, layout.first_text + problem.text.shape[0])
-    return rows, [x[own] for x in columns], [col_max + col_log_sum, text]
+    return rows, [x[own] for x in columns], [col_max, col_log_sum, text]
 
 
 def gradients(
     problem: Problem,
     kept: list[Tensor],
-    row_lse: Tensor,
+    row_lse: tuple[Tensor, Tensor],
     d_positive: Tensor,
     d_rows: list[Tensor],
     d_columns: list[Tensor],
@@ -33,15 +33,15 @@ def gradients(
     """dz @ text (n, D) and dz^T @ image (m, D) over all ranks."""
     layout = problem.layout
     if layout.group is None:
-        lse = (row_lse, kept[0])
+        lse = (*row_lse, kept[0], kept[1])
         return block_gradients(
             problem, problem.text, problem.text_ids, _mask(problem), lse, d_positive, d_rows, d_columns
         )
-    col_lse, text = kept
+    col_max, col_log_sum, text = kept
     _, text_ids = _gathered(problem, text)
     d_columns = [gather_rows(x, layout.texts, layout.group) for x in d_columns]
     grad_image, grad_text = block_gradients(
-        problem, text, text_ids, _mask(problem), (row_lse, col_lse), d_positive, d_rows, d_columns
+        problem, text, text_ids, _mask(problem), (*row_lse, col_max, col_log_sum), d_positive, d_rows, d_columns
     )
     return grad_image, reduce_scatter_rows(grad_text, layout.texts, layout.group)
 

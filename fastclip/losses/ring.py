@@ -29,13 +29,13 @@ def statistics(problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tenso
         behind = _follow(problem, owner, torch.stack(columns, 1))
     assert behind is not None
     columns = list(behind.wait()[0].unbind(1))
-    return [positive, *rows], columns, [columns[0] + columns[1]]
+    return [positive, *rows], columns, columns[:2]
 
 
 def gradients(
     problem: Problem,
     kept: list[Tensor],
-    row_lse: Tensor,
+    row_lse: tuple[Tensor, Tensor],
     d_positive: Tensor,
     d_rows: list[Tensor],
     d_columns: list[Tensor],
@@ -43,11 +43,12 @@ def gradients(
     """As `gathered.gradients`."""
     grad_image: Tensor | None = None
     behind: Passing | None = None
-    for owner, (text, text_ids, columns) in _blocks(problem, torch.stack((kept[0], *d_columns), 1)):
+    for owner, (text, text_ids, columns) in _blocks(problem, torch.stack((*kept, *d_columns), 1)):
         assert columns is not None
-        col_lse, *d_cols = columns.unbind(1)
+        col_max, col_log_sum, *d_cols = columns.unbind(1)
+        lse = (*row_lse, col_max, col_log_sum)
         more_image, grad_text = block_gradients(
-            problem, text, text_ids, _mask(problem, owner, text), (row_lse, col_lse), d_positive, d_rows, d_cols
+            problem, text, text_ids, _mask(problem, owner, text), lse, d_positive, d_rows, d_cols
         )
         grad_image = more_image if grad_image is None else grad_image.add_(more_image)
         if behind is not None:

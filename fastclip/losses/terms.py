@@ -83,7 +83,7 @@ class _Terms(torch.autograd.Function):
         rows, columns, kept = ctx.strategy.statistics(problem)
         columns = [_of_pairs(x, labels, image.shape[0]) for x in columns]
         ctx.save_for_backward(
-            image_features, text_features, scale, *norms, labels, image_ids, text_ids, rows[1] + rows[2], *kept
+            image_features, text_features, scale, *norms, labels, image_ids, text_ids, rows[1], rows[2], *kept
         )
         ctx.mark_non_differentiable(rows[1], columns[0])
         return *rows, *columns
@@ -91,13 +91,16 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text_features, scale, image_norm, text_norm, *pairing, row_lse = ctx.saved_tensors[:9]
-        kept, k = list(ctx.saved_tensors[9:]), len(ctx.constants[2])
+        image_features, text_features, scale, image_norm, text_norm, *pairing = ctx.saved_tensors[:8]
+        row_max, row_log_sum, *kept = ctx.saved_tensors[8:]
+        k = len(ctx.constants[2])
         image, text = _unit(image_features, image_norm), _unit(text_features, text_norm)
         problem = Problem(image, text, scale, *pairing, *ctx.constants)
         d_positive, _, *d_rows = d_outputs[: 3 + k]
         d_columns = [_to_texts(x, problem.labels, text.shape[0]) for x in d_outputs[4 + k :]]
-        grad_image, grad_text = ctx.strategy.gradients(problem, kept, row_lse, d_positive, d_rows, d_columns)
+        grad_image, grad_text = ctx.strategy.gradients(
+            problem, kept, (row_max, row_log_sum), d_positive, d_rows, d_columns
+        )
         d_scale = (image.to(grad_image.dtype) * grad_image).sum()  # sum_ij dz_ij cos_ij: no pass over the matrix
         factor = scale.to(grad_image.dtype)
         d_image = _d_features(grad_image * factor, image_features, image, image_norm)

@@ -25,7 +25,8 @@ _library.define(
 )
 _library.define(
     "contrastive_loss_bwd(Tensor d_positive, Tensor d_row_lse, Tensor d_col_lse,"
-    f" Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, Tensor col_lse, {_MASK})"
+    " Tensor image_features, Tensor text_features, Tensor logit_scale,"
+    f" Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum, {_MASK})"
     " -> (Tensor grad_image, Tensor grad_text)"
 )
 _library.define(
@@ -66,8 +67,10 @@ def _bwd(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_max: Tensor,
+    row_log_sum: Tensor,
+    col_max: Tensor,
+    col_log_sum: Tensor,
     offset: int,
     labels: Tensor | None,
     row_groups: Tensor | None,
@@ -78,12 +81,23 @@ def _bwd(
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features, tuple(options))
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
-        row_lse, col_lse = (x.masked_fill(x == -torch.inf, torch.inf) for x in (row_lse, col_lse))  # exp(z - lse) is 0
+        row_lse, d_row_lse = _exact_lse(row_max, row_log_sum, d_row_lse)
+        col_lse, d_col_lse = _exact_lse(col_max, col_log_sum, d_col_lse)
         grad_image, grad_text = kernels.negative_gradients(
             image_features, text_features, scale, row_lse, col_lse, d_row_lse, d_col_lse, offset, **options
         )
         _add_positives(grad_image, grad_text, d_positive, image_features, text_features, offset, labels)
         return grad_image, grad_text
+
+
+def _exact_lse(highest: Tensor, log_sum: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(lse, d) with d exp(z - lse) = d_lse exp(z - highest - log_sum): the rounding of lse, 4e-6 near 100, would be an
+    error of the whole row, which d_logit_scale sums. +inf for no negatives: exp(z - lse) is 0."""
+    lse = highest + log_sum
+    rest = lse - highest
+    lost = (highest - (lse - rest)) + (log_sum - rest)  # exactly highest + log_sum - lse (Knuth's two-sum)
+    is_empty = lse == -torch.inf
+    return lse.masked_fill(is_empty, torch.inf), torch.where(is_empty, d_lse, d_lse * torch.exp(-lost))
 
 
 def _add_positives(
@@ -201,10 +215,10 @@ class _ContrastiveBlock(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_positive, _, d_row_lse, _, d_col_lse = d_outputs
         image, text, scale, row_max, row_log_sum, col_max, col_log_sum, *options = ctx.saved_tensors
-        lse = (row_max + row_log_sum, col_max + col_log_sum)
         grad_image, grad_text = torch.ops.fastclip.contrastive_loss_bwd(
-            d_positive, d_row_lse, d_col_lse, image, text, scale, *lse, ctx.offset, *options, ctx.impl
-        )
+            d_positive, d_row_lse, d_col_lse, image, text, scale, row_max, row_log_sum, col_max, col_log_sum,
+            ctx.offset, *options, ctx.impl,
+        )  # fmt: skip
         return *scaled_gradients(grad_image, grad_text, image, text, scale), None, None, None, None, None
 
 

@@ -6,7 +6,9 @@ without atomics. Backward: `_d_logits_kernel` writes a chunk of dz, bounded what
 use. Both kernels make their logits by `_logits`, in the same tiles and order, so that exp(z - lse) meets the same z as
 the lse.
 
-float16 loses small numbers, so dz is brought near 2^15 first and the products are divided again in fp32.
+dz is float16 for bfloat16 features too, with features brought to float16 for the products: bfloat16 would round it
+eight times as much, which alone is 1e-3 of the gradient. float16 loses small numbers, so both are brought near 2^15
+first and the products are divided again in fp32.
 """
 
 from __future__ import annotations
@@ -241,12 +243,13 @@ def negative_gradients(
     """As `reference.negative_gradients`."""
     n, m = image_features.shape[0], text_features.shape[0]
     unit = torch.maximum(d_row_lse.abs().max(), d_col_lse.abs().max()).clamp_min_(torch.finfo(torch.float32).tiny)
-    unit = unit / HALF_RANGE if image_features.dtype == torch.float16 else torch.ones_like(unit)
+    unit = torch.ones_like(unit) if image_features.dtype == torch.float32 else unit / HALF_RANGE
     d_row, d_col = d_row_lse / unit, d_col_lse / unit
     image, text = _aligned(image_features), _aligned(text_features)
     labels, row_groups, col_groups = _contiguous(labels, row_groups, col_groups)
     grad_image, grad_text = (torch.zeros_like(x, dtype=torch.float32) for x in (image_features, text_features))
-    scratch = image.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
+    (left, image_unit), (right, text_unit) = _as_half(image_features), _as_half(text_features)
+    scratch = left.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
     for i in range(0, n, CHUNK_ROWS):
         rows = slice(i, min(i + CHUNK_ROWS, n))
         for j in range(0, m, CHUNK_COLS):
@@ -256,9 +259,19 @@ def negative_gradients(
             weights = (row_lse[rows], col_lse[cols], d_row[rows], d_col[cols])
             shift = -j if labels is not None else offset + i - j
             _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, mask, weights, shift)
-            grad_image[rows] += product(d_logits, text_features[cols])
-            grad_text[cols] += product(d_logits.T, image_features[rows])
-    return grad_image.mul_(unit), grad_text.mul_(unit)
+            grad_image[rows] += product(d_logits, right[cols])
+            grad_text[cols] += product(d_logits.T, left[rows])
+    return grad_image.mul_(unit * text_unit), grad_text.mul_(unit * image_unit)
+
+
+def _as_half(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(y, unit) with x = y * unit: for bfloat16, y in float16 with its largest value between 2^14 and 2^15, whatever it
+    was, and exact down to 2^-29 of it; for others x itself."""
+    if x.dtype != torch.bfloat16:
+        return x, 1.0
+    exponent = torch.frexp(x.abs().amax().float()).exponent - 15
+    unit = torch.ldexp(torch.ones((), dtype=torch.float32, device=x.device), exponent)
+    return (x / unit.to(x.dtype)).to(torch.float16), unit
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -291,7 +304,7 @@ def configurations() -> list[dict[str, Any]]:
         special = masks | {
             "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
             "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
-            "d_logits_ptr": f"*{name}",
+            "d_logits_ptr": "*fp32" if dtype == torch.float32 else "*fp16",
         }
         kernels: tuple[tuple[Any, dict[str, int]], ...] = (
             (_statistics_kernel, {}),
