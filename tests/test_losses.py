@@ -93,6 +93,7 @@ def test_clip_loss_learns() -> None:
 
 
 IMAGE, TEXT, SCALE = (x.detach() for x in clip_features(4, 3))
+IDS = torch.arange(4)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,43 @@ IMAGE, TEXT, SCALE = (x.detach() for x in clip_features(4, 3))
         ((IMAGE, TEXT.double(), SCALE), {}, r"text_features is torch.float64 on cpu, must be torch.float32 on cpu"),
         ((IMAGE, TEXT, 100.0), {}, r"logit_scale is 100.0, must be a tensor"),
         ((IMAGE, TEXT, torch.ones(2)), {}, r"logit_scale is a tensor of shape \(2,\)"),
+        ((IMAGE, TEXT, torch.tensor(3)), {}, r"logit_scale is torch.int64, must be a floating-point type"),
+        ((IMAGE, TEXT, -SCALE), {}, r"logit_scale is not positive, must be above 0"),
+        ((IMAGE, None, SCALE), {}, r"text_features is NoneType, must be a tensor"),
+        ((IMAGE, TEXT[:, :2], SCALE), {}, r"text_features has D = 2, must be 3"),
+        ((IMAGE, TEXT.to("meta"), SCALE), {}, r"text_features is torch.float32 on meta, must be torch.float32 on cpu"),
+        ((IMAGE, TEXT.to_sparse(), SCALE), {}, r"text_features is a torch.sparse_coo tensor, must be a dense one"),
+        ((IMAGE, TEXT, SCALE), {"labels": [0, 1, 2, 3]}, r"labels is list, must be a tensor of shape \(4,\)"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS[:3]}, r"labels is a tensor of shape \(3,\), must be"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS.int()}, r"labels is torch.int32, must be torch.int64"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS.to("meta")}, r"labels is on meta, must be on cpu"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS + 1}, r"labels has values that number no text"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS - 1}, r"labels has values that number no text"),
+        ((IMAGE, TEXT, SCALE), {"labels": IDS // 2}, r"labels has the same value twice"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": IDS.float()}, r"group_ids is torch.float32, must be torch.int64"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": IDS[:2]}, r"group_ids is a tensor of shape \(2,\), must be"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": (IDS,)}, r"group_ids is tuple, must be a tensor or a pair of tensors"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": (IDS, IDS[:3])}, r"group_ids\[1\] is a tensor of shape \(3,\)"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": (IDS, IDS + 1)}, r"group_ids gives an image another number"),
+        ((IMAGE, TEXT, SCALE), {"group_ids": IDS, "labels": IDS}, r"group_ids is one tensor, must be a pair .* with"),
+        (
+            (IMAGE[:3], TEXT, SCALE),
+            {"group_ids": IDS},
+            r"group_ids is one tensor, must be a pair .* for 3 images and 4",
+        ),
+        ((IMAGE, TEXT, SCALE), {"group_mode": "both"}, r"group_mode is 'both', must be 'positive' or 'ignore'"),
+        ((IMAGE, TEXT, SCALE), {"weights": torch.ones(4, 1)}, r"weights is a tensor of shape \(4, 1\), must be"),
+        ((IMAGE, TEXT, SCALE), {"weights": IDS}, r"weights is torch.int64, must be a floating-point type"),
+        ((IMAGE, TEXT, SCALE), {"weights": -torch.ones(4)}, r"weights has negative values, must be at least 0"),
+        ((IMAGE, TEXT, SCALE), {"label_smoothing": 1.0}, r"label_smoothing is 1.0, must be .* below 1"),
+        ((IMAGE, TEXT, SCALE), {"label_smoothing": -0.1}, r"label_smoothing is -0.1"),
+        ((IMAGE, TEXT, SCALE), {"label_smoothing": None}, r"label_smoothing is None"),
+        (
+            (IMAGE, TEXT, SCALE),
+            {"label_smoothing": 0.1, "group_ids": IDS, "group_mode": "ignore"},
+            r"label_smoothing is 0.1, must be 0 with group_mode='ignore'",
+        ),
+        ((IMAGE, TEXT, SCALE), {"ring": True}, r"ring is True, must be False without a group"),
         ((IMAGE, TEXT, SCALE), {"directions": "row"}, r"directions is 'row'"),
         ((IMAGE, TEXT, SCALE), {"reduction": "avg"}, r"reduction is 'avg'"),
         ((IMAGE, TEXT, SCALE), {"impl": "cuda"}, r"impl is 'cuda', must be one of auto, reference, dense, cpu, triton"),
@@ -121,6 +159,12 @@ IMAGE, TEXT, SCALE = (x.detach() for x in clip_features(4, 3))
 def test_bad_input(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         contrastive_loss(*arguments, **options)
+
+
+def test_weights_that_are_all_zero_have_no_mean() -> None:
+    """As in torch: nothing over nothing."""
+    assert contrastive_loss(IMAGE, TEXT, SCALE, weights=torch.zeros(4)).isnan()
+    assert contrastive_loss(IMAGE, TEXT, SCALE, weights=torch.zeros(4), reduction="sum") == 0
 
 
 def test_bad_ranks() -> None:

@@ -36,6 +36,8 @@ def check_features(image_features: Tensor, text_features: Tensor) -> None:
     for name, x in (("image_features", image), ("text_features", text)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is {type(x).__name__}, must be a tensor")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is a {x.layout} tensor, must be a dense one")
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, must be (N, D) with N and D at least 1")
     if text.shape[1] != image.shape[1]:
