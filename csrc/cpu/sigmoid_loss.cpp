@@ -3,7 +3,8 @@
 // A block of logits is cut into tasks of 64 rows, then, for the text gradient, of 64 columns. A task makes its part by the
 // library's micro-kernels (products.h) and uses it up while it is in the second-level cache. Tasks are cut the same way and
 // blocks visited in the same order whatever the number of threads, so the result does not depend on it. bfloat16 features
-// are widened, which loses nothing. See ops/sigmoid_loss/reference.py for the maths.
+// are multiplied as they are, with fp32 logits and bfloat16 dz, where the processor has 16-bit products, and widened where it
+// has none. See ops/sigmoid_loss/reference.py for the maths.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -58,8 +59,10 @@ FASTCLIP_INLINE void signs_of(float* sign, const int64_t* col_groups, int64_t gr
   for (int64_t j = 0; j < cols; ++j) sign[j] = col_groups[j] == group ? -1.f : 1.f;
 }
 
-// Adds sum_j softplus(x_ij) to the losses; with weights also sum_j dz_ij to d_logits, and leaves weights_i dz_ij in z.
-FASTCLIP_MULTIVERSION void differentiate(const Task& c) {
+// Adds sum_j softplus(x_ij) to the losses; with weights also sum_j dz_ij to d_logits, and weights_i dz_ij go to `out`, which may
+// be z, in rows of `ld_out`; what lies behind the columns is zero.
+template <typename T>
+FASTCLIP_INLINE void differentiate_rows(const Task& c, T* out, int64_t ld_out) {
   alignas(64) float sign[kBlockCols];
   const int64_t padded = round_up(c.cols);
   std::fill(sign, sign + padded, 1.f);
@@ -77,43 +80,48 @@ FASTCLIP_MULTIVERSION void differentiate(const Task& c) {
       if (c.weights == nullptr) continue;
       const Vec d = pair.sigmoid * load(sign + j);
       d_logits += d;
-      store(x + j, d * weight);
+      store(out + i * ld_out + j, d * weight);
     }
     c.loss[i] += sum(loss);
     if (c.weights != nullptr) c.d_logits[i] += sum(d_logits);
   }
 }
 
-// Calls task(first, count, scratch) for every `step` of `total` in parallel; `floats` of scratch for each thread.
-template <typename Call>
-void for_each_task(int64_t total, int64_t step, int64_t floats, const Call& task) {
+FASTCLIP_MULTIVERSION void differentiate(const Task& c, float* out, int64_t ld_out) { differentiate_rows(c, out, ld_out); }
+FASTCLIP_MULTIVERSION void differentiate(const Task& c, c10::BFloat16* out, int64_t ld_out) { differentiate_rows(c, out, ld_out); }
+
+// Calls task(first, count, scratch) for every `step` of `total` in parallel; `elements` of scratch for each thread.
+template <typename T, typename Call>
+void for_each_task(int64_t total, int64_t step, int64_t elements, const Call& task) {
   at::parallel_for(0, (total + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(floats);
+    std::vector<T> scratch(elements);
     for (int64_t i = begin; i < end; ++i) task(i * step, std::min(step, total - i * step), scratch.data());
-    release<float>();
+    release<T>();
   });
 }
 
-// fp32 (n, D), D padded with zeros to a multiple of 16 as `block_transposed` needs.
-at::Tensor widened(const at::Tensor& x) {
-  const int64_t missing = round_up(x.size(1)) - x.size(1);
-  const auto wide = x.detach().to(at::kFloat);
+// (n, D) as T, D padded with zeros to a multiple of 16 words of 32 bits as `block_transposed` needs.
+template <typename T>
+at::Tensor as(const at::Tensor& x) {
+  const int64_t missing = ceil_to(x.size(1), kLanes * kInterleaved<T>) - x.size(1);
+  const auto wide = x.detach().to(c10::CppTypeToScalarType<T>::value);
   return (missing != 0 ? at::constant_pad_nd(wide, {0, missing}) : wide).contiguous();
 }
 
 at::Tensor ids(const std::optional<at::Tensor>& x) { return x.has_value() ? x->contiguous() : at::Tensor(); }
 
-// One rank's rows against all columns; `weights` is undefined where no gradient is wanted.
+// One rank's rows against all columns, multiplied as T; `weights` is undefined where no gradient is wanted.
+template <typename T>
 struct Problem {
   at::Tensor image, text, row_groups, col_groups, weights, loss, d_logits, grad_image, grad_text;
-  at::Tensor logits, text_transposed, text_blocked, image_blocked;
+  at::Tensor logits, dz, text_transposed, text_blocked, image_blocked;
   float scale, bias;
   int64_t offset, depth, ld;
 
   Problem(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
           const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& cols, int64_t offset, const at::Tensor& row_weights)
-      : image(widened(image_features)),
-        text(widened(text_features)),
+      : image(as<T>(image_features)),
+        text(as<T>(text_features)),
         row_groups(ids(rows)),
         col_groups(ids(cols)),
         scale(*logit_scale.const_data_ptr<float>()),
@@ -122,27 +130,28 @@ struct Problem {
         depth(image.size(1)) {
     const int64_t n = image.size(0), m = text.size(0), height = std::min(n, kBlockRows), width = ceil_to(std::min(m, kBlockCols), kBlock);
     ld = width + kLanes;  // so that rows fall on different cache sets
-    const auto options = image.options();
+    const auto options = image.options().dtype(at::kFloat), narrow = image.options();
     loss = at::zeros({n}, options);
     logits = at::empty({height, ld}, options);
-    text_transposed = at::empty({width, depth}, options);
+    text_transposed = at::empty({width, depth}, narrow);
     if (!row_weights.defined()) return;
     weights = row_weights.detach().to(at::kFloat).contiguous();
     d_logits = at::zeros({n}, options);
-    grad_image = at::zeros_like(image);
-    grad_text = at::zeros_like(text);
-    text_blocked = at::empty({ceil_to(depth, kBlock), width}, options);
-    image_blocked = at::empty({ceil_to(depth, kBlock), height}, options);
+    grad_image = at::zeros({n, depth}, options);
+    grad_text = at::zeros({m, depth}, options);
+    dz = sizeof(T) == sizeof(float) ? logits : at::empty({height, ld}, narrow);
+    text_blocked = at::empty({ceil_to(depth, kBlock), width}, narrow);
+    image_blocked = at::empty({ceil_to(depth, kBlock), even(height)}, narrow);
   }
 
   void run() {
     const int64_t n = image.size(0), m = text.size(0);
     for (int64_t col = 0; col < m; col += kBlockCols) {
       const int64_t cols = std::min(kBlockCols, m - col);
-      const float* rows = data(text, col);
-      for_each_task(cols, kBlock, 0, [&](int64_t first, int64_t count, float*) {
-        block_transposed(reinterpret_cast<uint32_t*>(data(text_transposed, first)), reinterpret_cast<const uint32_t*>(rows + first * depth),
-                         count, depth);
+      const T* rows = data<T>(text, col);
+      for_each_task<T>(cols, kBlock, 0, [&](int64_t first, int64_t count, T*) {
+        block_transposed(reinterpret_cast<uint32_t*>(data<T>(text_transposed, first)),
+                         reinterpret_cast<const uint32_t*>(rows + first * depth), count, depth / kInterleaved<T>);
       });
       if (weights.defined()) take_rows(text_blocked, rows, cols);
       for (int64_t row = 0; row < n; row += kBlockRows) run_block(row, std::min(kBlockRows, n - row), col, cols);
@@ -150,34 +159,42 @@ struct Problem {
   }
 
  private:
-  static float* data(const at::Tensor& x, int64_t row) { return x.mutable_data_ptr<float>() + row * x.stride(0); }
+  template <typename U>
+  static U* data(const at::Tensor& x, int64_t row) {
+    return x.mutable_data_ptr<U>() + row * x.stride(0);
+  }
 
-  // out (depth / 64, count, 64) = rows (count, depth), as the right side of a product over rows.
-  void take_rows(const at::Tensor& out, const float* rows, int64_t count) const {
-    for_each_task(depth, kBlock, 0, [&](int64_t d, int64_t width, float*) {
-      block_rows(data(out, 0) + d * count, rows + d, depth, count, width, count);
+  // How many rows a product takes together that sums over `count`.
+  static constexpr int64_t even(int64_t count) { return ceil_to(count, kInterleaved<T>); }
+
+  // out (depth / 64, even(count), 64) = rows (count, depth), as the right side of a product over rows.
+  void take_rows(const at::Tensor& out, const T* rows, int64_t count) const {
+    for_each_task<T>(depth, kBlock, 0, [&](int64_t d, int64_t width, T*) {
+      block_rows(data<T>(out, 0) + d * even(count), rows + d, depth, count, width, even(count));
     });
   }
 
-  // grad (rows, depth) += left (rows, k) right (k, depth), right as `take_rows` lays it out.
-  void add_product(float* grad, int64_t rows, const float* left, int64_t ld_left, const at::Tensor& right, int64_t k) const {
+  // grad (rows, depth) += left (rows, even(k)) right (even(k), depth), right as `take_rows` lays it out.
+  void add_product(float* grad, int64_t rows, const T* left, int64_t ld_left, const at::Tensor& right, int64_t k) const {
     for (int64_t d = 0; d < depth; d += kBlock)
-      product(rows, std::min(kBlock, depth - d), k, left, ld_left, data(right, 0) + d * k, grad + d, depth, true);
+      product(rows, std::min(kBlock, depth - d), even(k), left, ld_left, data<T>(right, 0) + d * even(k), grad + d, depth, true);
   }
 
   void run_block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
-    for_each_task(rows, kBlock, 0, [&](int64_t first, int64_t count, float*) {
-      float* z = data(logits, first);
+    const bool gradient = weights.defined();
+    for_each_task<T>(rows, kBlock, 0, [&](int64_t first, int64_t count, T*) {
+      float* z = data<float>(logits, first);
+      T* out = gradient ? data<T>(dz, first) : nullptr;
       for (int64_t j = 0; j < cols; j += kBlock)
-        product(count, kBlock, depth, data(image, row + first), depth, data(text_transposed, j), z + j, ld, false);
-      differentiate(task(z, row + first, count, col, cols));
-      if (weights.defined()) add_product(data(grad_image, row + first), count, z, ld, text_blocked, cols);
+        product(count, kBlock, depth, data<T>(image, row + first), depth, data<T>(text_transposed, j), z + j, ld, false);
+      differentiate(task(z, row + first, count, col, cols), out, ld);
+      if (gradient) add_product(data<float>(grad_image, row + first), count, out, ld, text_blocked, cols);
     });
-    if (!weights.defined()) return;
-    take_rows(image_blocked, data(image, row), rows);
-    for_each_task(cols, kBlock, kBlock * rows, [&](int64_t first, int64_t count, float* transposed) {
-      transpose_rows(transposed, rows, data(logits, 0) + first, ld, rows, count, rows);
-      add_product(data(grad_text, col + first), count, transposed, rows, image_blocked, rows);
+    if (!gradient) return;
+    take_rows(image_blocked, data<T>(image, row), rows);
+    for_each_task<T>(cols, kBlock, kBlock * even(rows), [&](int64_t first, int64_t count, T* transposed) {
+      transpose_rows(transposed, even(rows), data<T>(dz, 0) + first, ld, rows, count, even(rows));
+      add_product(data<float>(grad_text, col + first), count, transposed, even(rows), image_blocked, rows);
     });
   }
 
@@ -193,8 +210,8 @@ struct Problem {
             grouped ? row_groups.const_data_ptr<int64_t>() + row : nullptr,
             grouped ? col_groups.const_data_ptr<int64_t>() + col : nullptr,
             gradient ? weights.const_data_ptr<float>() + row : nullptr,
-            data(loss, row),
-            gradient ? data(d_logits, row) : nullptr};
+            data<float>(loss, row),
+            gradient ? data<float>(d_logits, row) : nullptr};
   }
 
  public:
@@ -202,23 +219,34 @@ struct Problem {
   at::Tensor unpadded(const at::Tensor& grad, const at::Tensor& features) const { return grad.narrow(1, 0, features.size(1)).contiguous(); }
 };
 
+// visit(T()) with the type that these features are multiplied in.
+template <typename Visit>
+auto with_type(const at::Tensor& features, const Visit& visit) {
+  const bool narrow = features.scalar_type() == at::kBFloat16 && at::native::cpublas::could_pack(at::kBFloat16);
+  return narrow ? visit(c10::BFloat16()) : visit(float());
+}
+
 }  // namespace
 
 at::Tensor sigmoid_loss(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale,
                         const at::Tensor& logit_bias, const std::optional<at::Tensor>& row_groups,
                         const std::optional<at::Tensor>& col_groups, int64_t offset) {
-  Problem problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, {});
-  problem.run();
-  return problem.loss;
+  return with_type(image_features, [&](auto type) {
+    Problem<decltype(type)> problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, {});
+    problem.run();
+    return problem.loss;
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
     const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups, int64_t offset, const at::Tensor& weights) {
-  Problem problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, weights);
-  problem.run();
-  return {problem.loss, problem.d_logits, problem.unpadded(problem.grad_image, image_features),
-          problem.unpadded(problem.grad_text, text_features)};
+  return with_type(image_features, [&](auto type) {
+    Problem<decltype(type)> problem(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset, weights);
+    problem.run();
+    return std::make_tuple(problem.loss, problem.d_logits, problem.unpadded(problem.grad_image, image_features),
+                           problem.unpadded(problem.grad_text, text_features));
+  });
 }
 
 }  // namespace fastclip
