@@ -2,7 +2,7 @@
 # make test       the fast tests (<= 15 minutes on 2 cores from nothing)
 # make test-all   all tests: also the long ones, and those beside other packages
 # make lint       ruff and mypy
-# make bench      measures the CPU part (about 5 minutes on a quiet machine): benchmarks/results/, the tables in docs/
+# make bench      measures the CPU part (about 8 minutes on a quiet machine): benchmarks/results/, the tables in docs/
 # make lab        for a GPU at hand for minutes: builds, tests, measures what matters most first, into $(LAB_OUT)
 PYTHON ?= python3
 VENV := .venv

@@ -20,7 +20,7 @@ from fastclip.errors import UserError
 RESULTS = Path(__file__).parent / "results"
 RECORDED = RESULTS / "quick.csv"
 SLOWER = 0.8  # a ratio below this part of the recorded one is reported
-SECONDS, QUICK_SECONDS = 8.0, 0.5  # of rounds for each problem
+SECONDS, QUICK_SECONDS = 6.0, 0.5  # of rounds for each problem
 LOST = 3  # exit status: the GPU's context is dead, a new process may go on
 
 

@@ -23,6 +23,7 @@ class Problem:
     rank: int = 0  # problems of lower rank come first, whatever their op: a run may be cut off
     impls: tuple[str, ...] = ()  # only these implementations beside the baseline; () for all
     is_timed: bool = True  # False: memory only
+    has_peak: bool = True  # False: so small that its memory says nothing, or so large that measuring takes too long
 
     def __getitem__(self, name: str) -> int:
         return dict(self.sizes)[name]

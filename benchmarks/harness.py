@@ -60,7 +60,7 @@ def measure(case: Case, problem: Problem, run: Run) -> list[rows.Row]:
     """
     candidates = _gate(case, problem, run)
     try:
-        for candidate in [] if run.is_quick else list(candidates):
+        for candidate in list(candidates) if problem.has_peak else []:
             prelude = run.base.prelude if run.base and isinstance(candidate.runner, Remote) else ""
             impl = "auto" if prelude else candidate.variant.impl
             try:

@@ -71,7 +71,9 @@ def _time(row: rows.Row | None) -> str:
 
 def _milliseconds(text: str) -> str:
     value = float(text)
-    return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms"
+    if value >= 1000:
+        return f"{value / 1e3:.3g} s"
+    return f"{value:.3g} ms" if value >= 0.1 else f"{value * 1e3:.2g} us"
 
 
 def _memory(row: rows.Row | None) -> str:
