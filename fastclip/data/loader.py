@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastclip.data.edits import CaptionEdits
 from fastclip.data.shards import Sample, ShardIndex, ShardSpec
 from fastclip.data.streams import Stream, hash64, permutation
 from fastclip.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from fastclip.data.transforms import decode_image, train_pixels
 
 Batch = dict[str, Any]
 MAX_REPLACEMENTS = 100
+EDITS_LEARN_FROM = 2000  # samples
 
 
 class BrokenSample(ValueError):
@@ -59,8 +61,9 @@ class Loader(Dataset[Batch]):
     """Batches of one rank, by step: `loader[step]`, or a prefetched stream of them, `loader.batches(start_step)`.
 
     A batch is {"image": uint8 (B, 3, S, S), "text": int64 (B, context_length), "keys": list[str], "epoch": int} with
-    B = global_batch / world_size. A sample that cannot be used is replaced by one of the same epoch from outside the
-    global batch, and counted by cause in `skipped` (unreadable_image, empty_caption, missing_caption, unreadable_shard;
+    B = global_batch / world_size; with `hard_negatives` also "negative_text", like "text": captions that are false for
+    their image (see `edits`). A sample that cannot be used is replaced by one of the same epoch from outside the global
+    batch, and counted by cause in `skipped` (unreadable_image, empty_caption, missing_caption, unreadable_shard;
     truncated_caption counts captions cut to the context length, which are used). Rank 0 also counts what the shards'
     scan left out, so the sum over ranks is right.
 
@@ -79,6 +82,7 @@ class Loader(Dataset[Batch]):
         seed: int = 0,
         workers: int = 1,
         crop_scale: tuple[float, float] = (0.9, 1.0),
+        hard_negatives: bool = False,
     ) -> None:
         least = {"image_size": (image_size, 1), "global_batch": (global_batch, 1), "workers": (workers, 0)}
         for name, (value, low) in least.items():
@@ -101,6 +105,7 @@ class Loader(Dataset[Batch]):
         self.rank, self.world_size, self.seed, self.workers = rank, world_size, seed, workers
         self.skipped: Counter[str] = Counter(self.index.skipped if rank == 0 else {})
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self._edits = CaptionEdits(self._some_captions()) if hard_negatives else None
 
     @property
     def num_samples(self) -> int:
@@ -168,7 +173,21 @@ class Loader(Dataset[Batch]):
             captions.append(caption)
         text, cut = self.tokenizer.batch(captions)
         skipped["truncated_caption"] += cut
-        return {"image": images, "text": text, "keys": keys, "epoch": epoch, "skipped": +skipped}
+        batch = {"image": images, "text": text, "keys": keys, "epoch": epoch, "skipped": +skipped}
+        if self._edits:
+            streams = (Stream("edit", self.seed, epoch, key) for key in keys)
+            edited = [self._edits.edited(*pair) for pair in zip(captions, streams, strict=True)]
+            batch["negative_text"] = self.tokenizer(edited)
+        return batch
+
+    def _some_captions(self) -> Iterator[str]:
+        """Captions of some samples at even distances."""
+        count = min(self.num_samples, EDITS_LEARN_FROM)
+        for place in range(count):
+            try:
+                yield from captions_of(self.index.read(place * self.num_samples // count))
+            except (BrokenSample, OSError):
+                continue
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._epoch_order[0] != epoch:

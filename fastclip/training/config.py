@@ -23,6 +23,8 @@ class TrainConfig:
     """A tokenizers JSON or a model name; default: tokenizer.json beside the data if there is one, else CLIP's BPE."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Range of the share of an image that the training crop keeps."""
+    hard_negatives: bool = False
+    """Beside each caption one with two words exchanged, or one replaced, as a further negative (NegCLIP, 2023)."""
     workers: int = 1
     """Processes per rank that decode images."""
 

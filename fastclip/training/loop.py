@@ -21,10 +21,12 @@ from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
 from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, total_skips
-from fastclip.training.processes import Processes
+from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end
 from fastclip.training.start import Start, prepare
+
+STEPS_BETWEEN_TRIMS = 50
 
 
 def train(config: TrainConfig, processes: Processes) -> Path:
@@ -81,11 +83,14 @@ class Trainer:
                 if failed:
                     self.processes.raise_together(mistake)
                 factor = lr_factor(config.schedule, self.step, config.warmup, progress)
-                loss = self.grad_cache.step({"clip": (batch["image"], batch["text"])})
+                inputs = {name: batch[name] for name in ("image", "text", "negative_text") if name in batch}
+                loss = self.grad_cache.step({"clip": inputs})
                 result = self.engine.step(factor)
                 self.step += 1
                 self.skipped_steps += result.skipped
                 self._log(batch["epoch"], loss, factor, result, elapsed)
+                if self.step % STEPS_BETWEEN_TRIMS == 0:
+                    give_back_memory()
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
                 if config.eval_every and self.step % config.eval_every == 0:
@@ -161,8 +166,17 @@ class Loss:
         self.loss = partial(contrastive_loss, group=processes.group, impl=config.loss_impl)
         self.logit_scale = torch.tensor(float("nan"))
 
-    def __call__(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    def __call__(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        negative_text_features: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, with the features of further texts that are no image's as negatives of all images."""
         self.logit_scale = logit_scale.detach()
+        if negative_text_features is not None:
+            text_features = torch.cat((text_features, negative_text_features))
         return self.loss(image_features, text_features, logit_scale)
 
 
@@ -171,10 +185,14 @@ def build_grad_cache(
 ) -> GradCache:
     """GradCache over the engine's model, from images and token ids as the loader makes them."""
 
-    def clip(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def clip(image: Tensor, text: Tensor, negative_text: Tensor | None = None) -> dict[str, Tensor]:
         image = image.to(processes.device, non_blocking=True)
         pixels = normalize_image(image, model.image_mean, model.image_std, engine.dtype)
-        return engine.forward(pixels, text.to(processes.device, non_blocking=True))
+        texts = text if negative_text is None else torch.cat((text, negative_text))
+        outputs = engine.forward(pixels, texts.to(processes.device, non_blocking=True))
+        if negative_text is not None:
+            outputs["text_features"], outputs["negative_text_features"] = outputs["text_features"].split(len(text))
+        return outputs
 
     chunk_size = config.chunk_size or config.global_batch // processes.world_size
     return GradCache({"clip": clip}, loss, chunk_size, processes.group, engine.backward, engine.set_boundary)

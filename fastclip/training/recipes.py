@@ -21,6 +21,7 @@ def demo() -> TrainConfig:
         lr=1e-3,
         muon_lr=0.02,
         warmup=40,
+        hard_negatives=True,
         zero_stage=2,
         log_every=5,
         eval_every=150,

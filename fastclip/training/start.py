@@ -81,6 +81,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             seed=config.seed,
             workers=config.workers,
             crop_scale=config.crop_scale,
+            hard_negatives=config.hard_negatives,
         )
         if config.val and not Path(config.val).is_dir():
             raise UserError(f"--val {config.val} is not a folder")
