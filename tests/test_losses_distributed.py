@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,9 @@ def every_case() -> dict[str, list[Any]]:
     return results | {key: function() for key, function in more.get(world_size, {}).items()}
 
 
-@pytest.fixture(scope="module")
-def ranks() -> dict[int, list[dict[str, list[Any]]]]:
-    return {world_size: run_on_ranks(world_size, every_case) for world_size in SIZES}
+@cache
+def ranks(world_size: int) -> list[dict[str, Any]]:
+    return run_on_ranks(world_size, every_case)
 
 
 def truth(problem: Problem, wanted: dict[str, Any]) -> list[torch.Tensor]:
@@ -95,9 +95,9 @@ def assert_ranks_are_right(problem: Problem, wanted: dict[str, Any], results: li
 @pytest.mark.parametrize("how", ["gathered", "ring"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(("world_size", "sizes"), CASES)
-def test_ranks_are_one_process(ranks: Any, world_size: int, sizes: str, name: str, how: str) -> None:
+def test_ranks_are_one_process(world_size: int, sizes: str, name: str, how: str) -> None:
     problem = make_problem(*SIZES[world_size][sizes])
-    results = [result[f"{sizes}, {name}, {how}"] for result in ranks[world_size]]
+    results = [result[f"{sizes}, {name}, {how}"] for result in ranks(world_size)]
     assert_ranks_are_right(problem, OPTIONS[name], results)
 
 
@@ -109,8 +109,8 @@ def in_subgroups() -> list[list[Any]]:
     return [on_this_rank(problem, OPTIONS["positive"], groups[mine], ring=ring) for ring in (False, True)]
 
 
-def test_subgroups_keep_to_themselves(ranks: Any) -> None:
-    results = [result["subgroups"] for result in ranks[4]]
+def test_subgroups_keep_to_themselves() -> None:
+    results = [result["subgroups"] for result in ranks(4)]
     for mine in (0, 1):
         problem = make_problem(*SIZES[2]["uneven"], seed=mine)
         for way in (0, 1):
@@ -128,9 +128,9 @@ def rounded() -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("way", [0, 1])
-def test_gradients_of_16_bits_are_summed_over_ranks_in_32(ranks: Any, way: int) -> None:
+def test_gradients_of_16_bits_are_summed_over_ranks_in_32(way: int) -> None:
     """1.7e-3 is what rounding to bfloat16 once does; summing two rounded parts and rounding again is above 2e-3."""
-    results = [result["rounded"][way] for result in ranks[2]]
+    results = [result["rounded"][way] for result in ranks(2)]
     inputs = clip_features(64, 32, kind="clip", dtype=torch.bfloat16)
     exact = value_and_gradients(textbook_contrastive_loss, inputs, torch.float64)
     for which in (1, 2):
@@ -160,8 +160,8 @@ def largest() -> list[int]:
     return found
 
 
-def test_a_ring_holds_no_tensor_of_all_texts(ranks: Any) -> None:
-    assert [result["largest"] for result in ranks[4]] == [[1600, 400]] * 4
+def test_a_ring_holds_no_tensor_of_all_texts() -> None:
+    assert [result["largest"] for result in ranks(4)] == [[1600, 400]] * 4
 
 
 def message(call: Any) -> str:
@@ -189,8 +189,8 @@ def mistakes() -> list[str]:
     ]
 
 
-def test_mistakes_are_told_on_every_rank(ranks: Any) -> None:
-    right, wrong = (result["mistakes"] for result in ranks[2])
+def test_mistakes_are_told_on_every_rank() -> None:
+    right, wrong = (result["mistakes"] for result in ranks(2))
     assert "labels has the same value twice" in wrong[0]
     assert "weights has negative values" in wrong[1]
     assert "image_features has shape (0, 4)" in wrong[2]

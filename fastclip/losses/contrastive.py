@@ -100,18 +100,21 @@ def contrastive_loss(
     With z_ij = logit_scale * image_i . text_j over the N images and M texts of the whole group, and l_i the text of
     image i:
 
-        image_i = log sum_{j in R_i} exp(z_ij) - sum_j q_ij z_ij        over the texts j, in image i's denominator R_i
-        text_i = log sum_{k in C_i} exp(z_kl) - sum_k r_ki z_kl, l = l_i over the images k, in its text's denominator
+        image_i = log sum_{j in R_i} exp(z_ij) - sum_j q_ij z_ij        j are texts, R_i image i's denominator
+        text_i = log sum_{k in C_i} exp(z_kl) - sum_k r_ik z_kl         k are images, C_i its text's, l = l_i
         both_i = (image_i + text_i) / 2
 
-        plain                   R_i all texts, C_i all images;      q_ij = 1 for j = l_i, r_ki = 1 for k = i, else 0
-        group_mode="positive"   R_i all texts, C_i all images;      q_ij = 1 / |group| for each text of i's group, and
-                                r_ki = 1 / |group| for each image of it (SupCon, arXiv 2004.11362, its L_out; UniCL)
-        group_mode="ignore"     R_i, C_i without the others of i's group: they are neither positive nor negative
-        label_smoothing=e       (1 - e) q_ij + e / M and (1 - e) r_ki + e / N in place of q and r
+    Without options R_i is all texts and C_i all images, and all weight is on the pair: q_ij = 1 for j = l_i, r_ik = 1
+    for k = i. The options change that:
 
-    So smoothing is `F.cross_entropy`'s, and with groups it is over all columns too, beside the group's share. A text
-    that is nobody's is a negative of the images and has no text_i.
+        group_mode="positive"   q_ij = 1 / (how many texts i's group has) for those, r_ik = 1 / (how many images it has)
+                                for those: the mean over positives outside the log (SupCon's L_out, arXiv 2004.11362;
+                                UniCL, 2204.03610)
+        group_mode="ignore"     R_i and C_i without the others of i's group: they are neither positive nor negative
+        label_smoothing=e       (1 - e) q_ij + e / M and (1 - e) r_ik + e / N, as in `F.cross_entropy`; with positive
+                                groups too, over all columns, which all are in the denominator
+
+    A text that is nobody's is a negative of the images and has no text_i.
 
         "none": w_i loss_i      "sum": sum_i w_i loss_i      "mean": sum_i w_i loss_i / sum_i w_i
 

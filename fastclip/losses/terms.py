@@ -103,8 +103,8 @@ class _Terms(torch.autograd.Function):
         )
         d_scale = (image.to(grad_image.dtype) * grad_image).sum()  # sum_ij dz_ij cos_ij: no pass over the matrix
         factor = scale.to(grad_image.dtype)
-        d_image = _d_features(grad_image * factor, image_features, image, image_norm)
-        d_text = _d_features(grad_text * factor, text_features, text, text_norm)
+        d_image = _d_features(grad_image.mul_(factor), image_features, image, image_norm)
+        d_text = _d_features(grad_text.mul_(factor), text_features, text, text_norm)
         return d_image, d_text, d_scale.to(scale.dtype), *(None,) * 9
 
 
