@@ -1,4 +1,4 @@
-"""The compiled CPU kernel (csrc/cpu/sigmoid_loss.cpp): float32 and bfloat16 features, all arithmetic in fp32."""
+"""The compiled CPU kernel (csrc/cpu/sigmoid_loss.cpp): float32 features, and bfloat16 with fp32 logits and sums."""
 
 import torch
 from torch import Tensor
