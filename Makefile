@@ -46,10 +46,11 @@ $(PEERS): $(STAMP)
 build: $(STAMP)
 	$(BIN)/fastclip build
 
-# Training on the embedded data set: every GPU where there are some, else two processes on the CPU.
+# Training on the embedded data set: every GPU where there are some, else two processes on the CPU. A second call goes on
+# where the first ended: to more minutes, or at once to the evaluation.
 demo: $(STAMP)
 	@$(BIN)/fastclip data demo $(DEMO_DATA)
-	@$(BIN)/python -m fastclip.training.launch --recipe demo --data '$(DEMO_DATA)' --minutes $(DEMO_MINUTES) --out $(DEMO_RUN) $(DEMO_ARGS)
+	@$(BIN)/python -m fastclip.training.launch --recipe demo --data '$(DEMO_DATA)' --minutes $(DEMO_MINUTES) --out $(DEMO_RUN) --resume latest $(DEMO_ARGS)
 	@$(BIN)/fastclip search "a red circle above a blue square" --checkpoint $(DEMO_RUN) --data $(DEMO_DATA)
 
 test: $(STAMP)

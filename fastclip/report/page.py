@@ -142,11 +142,23 @@ def _machine(environment: dict[str, Any]) -> str:
     return words.setting(environment.get("gpus") or environment.get("processor") or "")
 
 
+def _norm_unit(run: Run) -> str:
+    """DeepSpeed's Muon replaces the gradient of its matrices before anyone can take the norm."""
+    return "L2, Muon's matrices orthogonalised" if run.config.get("optimizer") == "muon" else "L2"
+
+
 def chance_loss(run: Run) -> tuple[float, str] | None:
-    """ln N: the loss of a model that cannot tell the N pairs of a batch apart."""
+    """ln N: the loss of a model that cannot tell the N pairs of a batch apart; with a hard negative text beside each,
+    images choose among 2 N texts."""
     batch = run.config.get("global_batch")
     if not isinstance(batch, int) or batch < 2:
         return None
+    if run.config.get("hard_negatives"):
+        level = (math.log(2 * batch) + math.log(batch)) / 2
+        return (
+            level,
+            f"chance is (ln\u00a0{2 * batch:,}\u00a0+\u00a0ln\u00a0{batch:,})\u00a0/\u00a02\u00a0=\u00a0{level:.2f}",
+        )
     return math.log(batch), f"chance is ln\u00a0{batch:,}\u00a0=\u00a0{math.log(batch):.2f}"
 
 
@@ -180,7 +192,7 @@ def _training_charts(run: Run) -> list[Chart]:
         _metric_chart(run, "loss", "Loss", "nats", reference=chance_loss(run), wide=True),
         _metric_chart(run, "logit_scale", "Logit scale", "exponentiated"),
         _metric_chart(run, "lr", "Learning rate", "of AdamW"),
-        _metric_chart(run, "grad_norm", "Gradient norm", "L2", log=True),
+        _metric_chart(run, "grad_norm", "Gradient norm", _norm_unit(run), log=True),
         _metric_chart(run, "samples_per_s", "Throughput", "pairs/s"),
         _metric_chart(run, "data_wait", "Data wait", "% of time", share=True),
     ]

@@ -12,13 +12,18 @@ from fastclip.errors import UserError
 from fastclip.training.config import TrainConfig, read_config, with_values
 from fastclip.training.recipes import RECIPES, get_recipe
 
+# tyro joins the lines of a paragraph and leaves the line that comes of it as long as it is.
 USAGE = f"""Train CLIP on image-text pairs.
 
-Starts from a recipe (--recipe {{{",".join(RECIPES)}}}), then a YAML file (--config FILE), then the options below.
-With --resume and neither of the two it starts from the config of the run that it goes on with.
-Run it as `python -m fastclip.training` or `fastclip train` (one process), `torchrun --nproc_per_node N -m
-fastclip.training`, or `deepspeed --module fastclip.training` (all GPUs; on a CPU add --num_accelerators N and set
-DS_ACCELERATOR=cpu), which `python -m fastclip.training.launch` does with what the machine has."""
+Starts from --recipe {{{",".join(RECIPES)}}}, then --config FILE (YAML),
+
+then the options below; with --resume alone from the resumed run's config.
+
+One process:    fastclip train --recipe demo --data data/demo --out runs/x
+
+All of it here: python -m fastclip.training.launch, with the same options
+
+Several nodes:  deepspeed --module fastclip.training, or torchrun -m with it"""
 
 
 def parse(arguments: Sequence[str], aloud: bool = True) -> TrainConfig:
