@@ -20,7 +20,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_doctor_says_what_is_chosen_and_why(run: Run) -> None:
-    from fastclip.ops import attention, contrastive_loss
+    from fastclip.ops import attention, contrastive_loss, sigmoid_loss
 
     status, out, _ = run("doctor")
     assert status == 0
@@ -29,7 +29,11 @@ def test_doctor_says_what_is_chosen_and_why(run: Run) -> None:
     status, text, _ = run("doctor", "--json")
     assert status == 0
     report = json.loads(text)
-    explained = {"contrastive_loss": contrastive_loss.explain, "attention": attention.explain}
+    explained = {
+        "contrastive_loss": contrastive_loss.explain,
+        "sigmoid_loss": sigmoid_loss.explain,
+        "attention": attention.explain,
+    }
     sizes = {name: dict(cases) for name, cases in doctor.CASES.items()}
     assert len(report["ops"]) >= 10
     for entry in report["ops"]:

@@ -13,9 +13,11 @@ from fastclip.cli.machine import inspect_machine
 from fastclip.cli.options import parse
 from fastclip.cli.text import table
 
-# op -> (what the case is, its size): pairs of the loss, tokens of the attention
+# op -> (what the case is, its size): pairs of a loss, tokens of the attention
+PAIRS = (("512 pairs", 512), ("32,768 pairs", 32_768))
 CASES = {
-    "contrastive_loss": (("512 pairs", 512), ("32,768 pairs", 32_768)),
+    "contrastive_loss": PAIRS,
+    "sigmoid_loss": PAIRS,
     "attention": (
         ("50 tokens (image, ViT-B-32)", 50),
         ("77 tokens (text)", 77),
@@ -52,9 +54,11 @@ def _ops(devices: Sequence[str]) -> list[dict[str, Any]]:
     """For each op, device, case and dtype: what "auto" takes, and what it says of the others."""
     import torch
 
-    from fastclip.ops import attention, contrastive_loss
+    from fastclip.ops import attention, contrastive_loss, sigmoid_loss
 
-    explain: dict[str, Any] = {"contrastive_loss": contrastive_loss.explain, "attention": attention.explain}
+    explain: dict[str, Any] = {
+        op.__name__.rpartition(".")[2]: op.explain for op in (attention, contrastive_loss, sigmoid_loss)
+    }
     return [
         {
             "op": op,

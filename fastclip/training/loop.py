@@ -93,7 +93,7 @@ class Trainer:
                     give_back_memory()
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
-                if config.eval_every and self.step % config.eval_every == 0:
+                if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
                     with self.clock.stopped():
                         self.evaluation.run(self.step)
 
