@@ -74,7 +74,6 @@ class Variant:
     version: str  # distribution and version, and for ours what "auto" takes
     why_not: str | None = None  # the reason it cannot run
     is_baseline: bool = False
-    is_ours: bool = False
     is_quadratic: bool = False  # holds several N x N matrices
     compiles: bool = False  # the first call on a shape compiles
     without_gradient: tuple[int, ...] = ()  # the inputs it has no gradient for

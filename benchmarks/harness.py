@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,6 @@ from benchmarks import machine, rows
 from benchmarks.base import Base
 from benchmarks.case import PHASES, Case, Problem, Variant
 from benchmarks.gate import GATE_SIZE, Errors, allowed, passes
-from benchmarks.memory import peak_mib
 from benchmarks.runner import Remote, Runner
 from benchmarks.timing import Quantiles, interleave, quantiles, repeats_for
 
@@ -61,11 +60,8 @@ def measure(case: Case, problem: Problem, run: Run) -> list[rows.Row]:
     candidates = _gate(case, problem, run)
     try:
         for candidate in list(candidates) if problem.has_peak else []:
-            prelude = run.base.prelude if run.base and isinstance(candidate.runner, Remote) else ""
-            impl = "auto" if prelude else candidate.variant.impl
             try:
-                variant = case.variant(problem, impl)
-                candidate.peak = peak_mib(case, problem, variant, prelude)
+                candidate.peak = candidate.runner.peak()
             except Exception as error:  # out of memory, most likely: then there is nothing to time either
                 candidates.remove(candidate)
                 _fail(case, problem, run, candidate.variant, error)
@@ -99,7 +95,8 @@ def _gate(case: Case, problem: Problem, run: Run) -> list[Candidate]:
         try:
             runner = _runner(case, problem, run, variant)
             errors = runner.errors()
-            seconds = runner.expected_seconds() if problem.is_timed and not variant.is_ours else 0.0
+            may_be_slow = problem.is_timed and variant.impl not in ("auto", "base")
+            seconds = runner.expected_seconds() if may_be_slow else 0.0
         except Exception as error:  # a peer may fail in any way; the row says how, the others go on
             _fail(case, problem, run, variant, error)
             continue
@@ -119,12 +116,7 @@ def _base_variant(case: Case, problem: Problem, run: Run) -> list[Variant]:
     if run.base is None:
         return []
     ours = case.variant(problem, "auto")
-    return [
-        Variant(
-            "base", ours.load, ours.budget, f"fastclip {run.base.commit}", is_ours=True,
-            gradient_in_forward=ours.gradient_in_forward,
-        )
-    ]  # fmt: skip
+    return [replace(ours, impl="base", version=f"fastclip {run.base.commit}")]
 
 
 def _runner(case: Case, problem: Problem, run: Run, variant: Variant) -> Runner | Remote:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Loss, Problem, Variant
+from benchmarks.case import Case, Loss, Problem
 from benchmarks.gate import value_and_gradients
 
 MIB = 1 << 20
@@ -40,19 +40,21 @@ class _NoWork(torch.autograd.Function):
         return tuple(torch.ones_like(x) for x in ctx.saved_tensors)  # ones: pages that are written exist
 
 
-def peak_mib(case: Case, problem: Problem, variant: Variant, prelude: str = "") -> float | None:
+def peak_cuda(loss: Loss, inputs: tuple[Tensor, ...], without: tuple[int, ...]) -> float:
+    """MiB; a loss that compiles must have done so."""
+    return max(0.0, _growth_cuda(loss, inputs, without) - _growth_cuda(_NoWork.apply, inputs, ())) / MIB
+
+
+def peak_cpu(case: Case, problem: Problem, impl: str, prelude: str = "") -> float | None:
     """MiB; None where the kernel of the operating system does not tell.
 
-    prelude: Python that a fresh process runs first (to take the package from another place).
+    prelude: Python that the fresh process runs first (to take the package from another place).
 
     Raises:
         RuntimeError: the fresh process failed; its last line.
     """
-    if problem.device == "cuda":
-        inputs, loss = case.make_inputs(problem), variant.load()
-        return (_growth_cuda(loss, inputs, variant.without_gradient) - _growth_cuda(_NoWork.apply, inputs, ())) / MIB
     code = f"{prelude or f'import sys; sys.path.insert(0, {str(ROOT)!r})'}\nfrom benchmarks.memory import main\nmain()"
-    arguments = [sys.executable, "-c", code, case.op, variant.impl, problem.to_json()]
+    arguments = [sys.executable, "-c", code, case.op, impl, problem.to_json()]
     done = subprocess.run(
         arguments, env=os.environ | ALLOCATOR, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.case import Case, Problem, Variant
 from benchmarks.gate import GATE_SIZE, Errors, errors_of
+from benchmarks.memory import peak_cpu, peak_cuda
 from benchmarks.timing import Sample, time_block
 
 
@@ -46,6 +47,15 @@ class Runner:
         self.block(1)
         return time.perf_counter() - start
 
+    def peak(self) -> float | None:
+        """MiB beyond inputs and gradients; see `memory`."""
+        if self.problem.device != "cuda":
+            return peak_cpu(self.case, self.problem, self.variant.impl)
+        self.inputs = self.case.make_inputs(self.problem)
+        if self.variant.compiles:
+            self.block(1)
+        return peak_cuda(self.loss, self.inputs, self.variant.without_gradient)
+
     def block(self, repeats: int) -> Sample:
         return time_block(self.loss, self.inputs, self.variant.without_gradient, repeats)
 
@@ -54,6 +64,7 @@ class Remote:
     """A `Runner` in the process that `prelude` gives its `fastclip`."""
 
     def __init__(self, case: Case, problem: Problem, impl: str, prelude: str) -> None:
+        self.case, self.problem, self.impl, self.prelude = case, problem, impl, prelude
         code = f"{prelude}\nfrom benchmarks.runner import serve\nserve()"
         arguments = [sys.executable, "-c", code, case.op, impl, problem.to_json(), str(torch.get_num_threads())]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -66,6 +77,11 @@ class Remote:
 
     def warm_up(self) -> float:
         return self._ask("warm_up")
+
+    def peak(self) -> float | None:
+        if self.problem.device == "cuda":
+            return self._ask("peak")
+        return peak_cpu(self.case, self.problem, self.impl, self.prelude)
 
     def block(self, repeats: int) -> Sample:
         return Sample(*self._ask("block", repeats))

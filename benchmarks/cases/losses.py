@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,19 +72,17 @@ def our_variants(
     """
     chosen = next(verdict.impl for verdict in verdicts if verdict.chosen)
     version, budget = f"fastclip {__version__}", OURS[problem.dtype]
-    facts: dict[str, Any] = {"is_ours": True, "gradient_in_forward": gradient_in_forward}
-    variants = [Variant("auto", _with_impl(loss, "auto"), budget, f"{version} {chosen}", **facts)]
+    auto = Variant(
+        "auto", _with_impl(loss, "auto"), budget, f"{version} {chosen}", gradient_in_forward=gradient_in_forward
+    )
+    variants = [auto]
     for verdict in verdicts:
         if verdict.chosen:
             continue
-        cannot = None if verdict.reason.startswith("auto prefers") else verdict.reason
-        reason = INTERPRETED if verdict.impl == "triton" and problem.device == "cpu" else cannot
-        variants.append(
-            Variant(
-                verdict.impl, _with_impl(loss, verdict.impl), budget, f"{version} {verdict.impl}", why_not=reason,
-                is_quadratic=verdict.impl == "dense", **facts,
-            )
-        )  # fmt: skip
+        name, cannot = verdict.impl, None if verdict.reason.startswith("auto prefers") else verdict.reason
+        reason = INTERPRETED if name == "triton" and problem.device == "cpu" else cannot
+        named = replace(auto, impl=name, load=_with_impl(loss, name), version=f"{version} {name}", why_not=reason)
+        variants.append(replace(named, is_quadratic=name == "dense"))
     return variants
 
 
