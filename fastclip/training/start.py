@@ -62,7 +62,8 @@ class Start:
             f"{config.model}, {engine}, {config.precision}"
         ]
         lines += [f"{config.deepspeed_config} sets {line}" for line in self.conflicts]
-        lines += [f"Goes on from {self.resumed.folder}" for _ in (1,) if self.resumed]
+        if self.resumed:
+            lines.append(f"Goes on from {self.resumed.folder}")
         return "\n".join(lines)
 
 
