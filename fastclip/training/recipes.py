@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastclip.errors import UserError
 from fastclip.training.config import TrainConfig
@@ -48,20 +49,7 @@ def clip() -> TrainConfig:
 
 def openclip_laion() -> TrainConfig:
     """ViT-B/32 on LAION-400M as open_clip trained it (its docs/PRETRAINED.md): batch 32,768, 32 epochs."""
-    return TrainConfig(
-        model="ViT-B-32",
-        global_batch=32_768,
-        chunk_size=1024,
-        steps=404_000,
-        lr=5e-4,
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        weight_decay=0.2,
-        warmup=2000,
-        workers=8,
-        log_every=10,
-        save_every=1000,
-    )
+    return replace(clip(), model="ViT-B-32", steps=404_000)
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "clip": clip, "openclip_laion": openclip_laion}
