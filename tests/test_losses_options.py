@@ -22,10 +22,9 @@ from fastclip.testing import clip_features, relative_error, textbook_contrastive
 DOUBLE, SINGLE = ("reference", "dense"), ("reference", "dense", "cpu")
 
 
-def able(names: tuple[str, ...], dtype: torch.dtype, n: int, m: int, options: dict[str, Any]) -> list[str]:
+def able(names: tuple[str, ...], dtype: torch.dtype, n: int, m: int) -> list[str]:
     """Those of the implementations that take such a problem."""
-    kernel_options = ("labels",) * ("labels" in options) + ("row_groups",) * (options.get("group_mode") == "ignore")
-    return [x for x in names if implementations.why_not(x, "cpu", dtype, n, m, kernel_options) is None]
+    return [x for x in names if implementations.why_not(x, "cpu", dtype, n, m) is None]
 
 
 @pytest.mark.parametrize("directions", ["both", "image", "text"])
@@ -55,7 +54,7 @@ def assert_as_the_textbook(
     truth = textbook_contrastive_loss(*exact, **options)
     factors = torch.linspace(1, 2, len(truth), dtype=torch.float64) if truth.ndim else torch.ones(())
     exact_grads = torch.autograd.grad((truth * factors).sum(), exact + weights)
-    for impl in able(impls, dtype, *(len(x) for x in leaves[:2]), options):
+    for impl in able(impls, dtype, *(len(x) for x in leaves[:2])):
         loss = contrastive_loss(*leaves, impl=impl, **options)
         grads = torch.autograd.grad((loss * factors.to(loss.dtype)).sum(), leaves + weights)
         for value, other in zip((loss, *grads), (truth, *exact_grads), strict=True):
@@ -105,7 +104,7 @@ def test_error_budget_of_every_option(name: str, dtype: torch.dtype) -> None:
     exact = value_and_gradients(total(textbook_contrastive_loss, exact_options), inputs, torch.float64)
     low = options | {"weights": problem.weights.to(dtype)}
     eager = value_and_gradients(lambda i, t, s: total(textbook_contrastive_loss, low)(i, t, s.to(dtype)), inputs)
-    for impl in able(SINGLE, dtype, 60, 90, options):
+    for impl in able(SINGLE, dtype, 60, 90):
         results = value_and_gradients(total(contrastive_loss, options | {"impl": impl}), inputs)
         for value, plain, truth in zip(results, eager, exact, strict=True):
             error, allowed = ((x - truth).norm().item() for x in (value, plain))
@@ -117,7 +116,7 @@ def test_lone_members_of_groups_stay_exact(impl: str) -> None:
     """A converged batch, loss 1e-19: no group has a second member, and no weight changes that."""
     inputs = clip_features(16, 64, kind="converged", scale=60.0)
     options = {"group_ids": torch.randperm(16), "weights": torch.linspace(0.5, 1, 16)}
-    if impl not in able(SINGLE, torch.float32, 16, 16, options):
+    if impl not in able(SINGLE, torch.float32, 16, 16):
         return
     results = value_and_gradients(lambda *x: contrastive_loss(*x, impl=impl, **options), inputs)
     image, text, scale = (x.detach().double().requires_grad_() for x in inputs)
@@ -157,7 +156,7 @@ def test_normalising_inside_is_more_exact_than_before(dtype: torch.dtype) -> Non
     raw[1] += raw[0] / 100
     inputs = [raw[0].to(dtype), raw[1].to(dtype), raw[2]]
     exact = value_and_gradients(lambda *x: textbook_contrastive_loss(*x, normalize=True), inputs, torch.float64)
-    for impl in able(SINGLE, torch.float32, 128, 128, {}):
+    for impl in able(SINGLE, torch.float32, 128, 128):
         results = value_and_gradients(lambda *x, impl=impl: contrastive_loss(*x, normalize=True, impl=impl), inputs)
         bound = {torch.float32: 4e-6, torch.bfloat16: 2.5e-3, torch.float16: 1e-3}[dtype]
         assert relative_error(results[0], exact[0]) < 1e-6
@@ -229,7 +228,7 @@ def test_compiles_to_one_graph_for_every_batch_size(name: str) -> None:
 @pytest.mark.parametrize("impl", SINGLE)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_not_hidden(value: float, impl: str) -> None:
-    if impl not in able(SINGLE, torch.float32, 6, 6, {}):
+    if impl not in able(SINGLE, torch.float32, 6, 6):
         return
     for which in (0, 1):
         features = [x.detach() for x in clip_features(6, 4)]

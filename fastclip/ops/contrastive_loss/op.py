@@ -55,7 +55,7 @@ def _fwd(
 ) -> tuple[Tensor, ...]:
     options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
     with torch.autocast(image_features.device.type, enabled=False):
-        kernels = implementation(impl, image_features, text_features, tuple(options))
+        kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
         return tuple(kernels.statistics(image_features, text_features, scale, offset, **options))
 
@@ -79,7 +79,7 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
     with torch.autocast(image_features.device.type, enabled=False):
-        kernels = implementation(impl, image_features, text_features, tuple(options))
+        kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
         row_lse, d_row_lse = _exact_lse(row_max, row_log_sum, d_row_lse)
         col_lse, d_col_lse = _exact_lse(col_max, col_log_sum, d_col_lse)

@@ -1,64 +1,7 @@
-"""Which implementation of the sigmoid block runs where."""
+"""Which implementation of the sigmoid block runs where: modules with `losses` and `losses_and_gradients`."""
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
-import torch
-from torch import Tensor
-
-from fastclip.ops import _dispatch, _extension
+from fastclip.ops._pairs import PairOp
 from fastclip.ops.sigmoid_loss.dense import MAX_ELEMENTS
 
-OP = "sigmoid_loss"
-IMPLS = ("reference", "dense", "cpu", "triton")
-# Up to here the launches of the chunked paths cost more than the matrix. CUDA is not measured.
-DENSE_UP_TO = 1 << 20
-
-
-def order(device_type: str, n: int, m: int) -> tuple[str, ...]:
-    """What "auto" tries, best first, for n x m logits."""
-    if device_type == "cpu":
-        return ("cpu", "dense", "reference") if n * m <= DENSE_UP_TO else ("cpu", "reference")
-    return ("dense", "triton", "reference") if n * m <= DENSE_UP_TO else ("triton", "reference")
-
-
-def why_not(impl: str, device_type: str, dtype: torch.dtype, n: int, m: int) -> str | None:
-    """The reason `impl` cannot run on such tensors, or None."""
-    if impl == "dense" and n * m > MAX_ELEMENTS:
-        return f"{n} x {m} logits are more than the {MAX_ELEMENTS} it may hold at once"
-    if impl == "cpu":
-        if device_type != "cpu":
-            return f"the features are on {device_type}"
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"it takes float32 and bfloat16, not {dtype}"
-        return _extension.load()
-    if impl == "triton":
-        if not _dispatch.has_package("triton"):
-            return "the package triton is not installed"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float32, bfloat16 and float16, not {dtype}"
-        if device_type != "cuda" and not _kernels("triton").INTERPRETED:
-            return (
-                f"the features are on {device_type}: off the GPU it runs in the interpreter only (TRITON_INTERPRET=1)"
-            )
-    return None
-
-
-@cache
-def _kernels(impl: str) -> ModuleType:
-    return import_module(f"fastclip.ops.sigmoid_loss.{impl}")
-
-
-def implementation(impl: str, image_features: Tensor, text_features: Tensor) -> ModuleType:
-    """The module whose `losses` and `losses_and_gradients` run on these tensors; see `_dispatch.pick` for errors."""
-    kind, dtype = image_features.device.type, image_features.dtype
-    n, m = image_features.shape[0], text_features.shape[0]
-    name = _dispatch.pick(OP, impl, IMPLS, order(kind, n, m), lambda name: why_not(name, kind, dtype, n, m))
-    return _kernels(name)
-
-
-def explain(device_type: str, dtype: torch.dtype, n: int, m: int | None = None) -> list[_dispatch.Verdict]:
-    """Which implementation "auto" takes for n x m pairs (m = n by default), and why not the others."""
-    m = n if m is None else m
-    return _dispatch.explain(OP, IMPLS, order(device_type, n, m), lambda name: why_not(name, device_type, dtype, n, m))
+_OP = PairOp("sigmoid_loss", MAX_ELEMENTS)
+why_not, implementation, explain = _OP.why_not, _OP.implementation, _OP.explain
