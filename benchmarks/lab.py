@@ -114,7 +114,7 @@ def test(lab: Lab) -> None:
         return lab.note("tests: left out, pytest is not installed")
     names = [f"tests/test_{op}{'_triton' if lab.device == 'cuda' else ''}.py" for op in CASES]
     files = [name for name in names if (ROOT / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not long and not peer", *files]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "not long and not peer", *files]
     return lab.note(f"tests ({', '.join(files)}): {_status(lab, command, 'tests.log', TEST_SHARE)}")
 
 
