@@ -126,14 +126,17 @@ def _status(lab: Lab, command: list[str], log: str, share: float) -> str:
         try:
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            _kill(process)
             return f"stopped after {limit:.0f} s, see {log}"
+        finally:
+            _kill(process)
     last = ((lab.out / log).read_text().strip().splitlines() or [""])[-1].strip("= ")
     return f"{'done' if status == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s ({last})"
 
 
 def _kill(process: subprocess.Popen[Any]) -> None:
-    """With its children: each of them is a process group."""
+    """With its children, which are one process group; nothing where it has ended."""
+    if process.poll() is not None:
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -171,16 +174,19 @@ def _watch(lab: Lab, command: list[str]) -> tuple[int, int, int]:
     timer = threading.Timer(lab.left, _kill, [process])
     timer.start()
     assert process.stdout is not None
-    with (lab.out / "benchmarks.log").open("a") as log:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-            log.flush()
-            if (found := PROGRESS.match(line)) is not None:
-                reached, total = int(found[1]), int(found[2])
-                lab.save()
-    status = process.wait()
-    timer.cancel()
+    try:
+        with (lab.out / "benchmarks.log").open("a") as log:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+                log.flush()
+                if (found := PROGRESS.match(line)) is not None:
+                    reached, total = int(found[1]), int(found[2])
+                    lab.save()
+        status = process.wait()
+    finally:  # whoever ends this process ends all
+        timer.cancel()
+        _kill(process)
     lab.save()
     return status, reached, total
 
@@ -192,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--case", action="append", default=[], help="one op only; may be given again (all)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     lab = Lab(options.out.resolve(), options.time_budget, device, is_quick=device == "cpu")
     build(lab)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -433,3 +434,20 @@ def test_the_operations_of_a_run_are_those_of_the_paper() -> None:
         assert CASES[op].operations(problem, "both") == products * g
         assert sum(CASES[op].operations(problem, phase) for phase in ("forward", "backward")) == products * g
     assert torch.float32 == TINY.torch_dtype
+
+
+def test_ending_the_lab_ends_its_processes(tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` and job schedulers send it."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import lab\n"
+        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "lab.build = lambda visit: lab._watch(visit, [sys.executable, '-c', child])\n"
+        f"lab.main(['--out', {str(tmp_path / 'out')!r}, '--device', 'cpu'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
