@@ -77,7 +77,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+# CLIP's own vocabulary, whose 49,408 tokens do not fit, comes with open_clip.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.peer) if name == "tokenizer" else name for name in MISTAKES]
+)
 def test_a_mistake_is_named_and_leaves_nothing(
     name: str,
     data: Path,
