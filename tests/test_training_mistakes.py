@@ -73,6 +73,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "DeepSpeed key": ({"engine": "deepspeed", "deepspeed_config": "{json}"}, "did you mean 'gradient_clipping'?"),
     "loss": ({"loss_impl": "fast"}, "invalid choice 'fast'"),
     "loss that cannot run": ({"loss_impl": "triton"}, "impl='triton' cannot run"),
+    "logger that is missing": ({"wandb": "project"}, "--wandb needs the package wandb: pip install wandb"),
     "choice in YAML": ({"config": "{jax}"}, "engine must be one of deepspeed, torch, was 'jax'"),
 }
 

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             crop_scale=config.crop_scale,
             hard_negatives=config.hard_negatives,
         )
+        for package in ["tensorboard"] * config.tensorboard + ["wandb"] * bool(config.wandb):
+            if find_spec(package) is None:
+                raise UserError(f"--{package} needs the package {package}: pip install {package}")
         if config.val and not Path(config.val).is_dir():
             raise UserError(f"--val {config.val} is not a folder")
         ds_config: dict[str, Any] | None = None
