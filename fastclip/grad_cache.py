@@ -4,8 +4,8 @@
     loss     once, on all embeddings as leaves                  L(e_1 .. e_n),  g_k = dL / de_k
     pass 2   every chunk again, with the surrogate              d/dw sum_k <f(x_k; w), g_k> = dL / dw
 
-The last chunk keeps its graph from pass 1 and is not computed again: with n chunks (n - 1) / n of the batch is forwarded
-twice instead of all of it, at the same peak memory, and a batch of one chunk costs what a plain step costs.
+The last chunk keeps its graph from pass 1 and is not computed again: with n chunks (n - 1) / n of the batch is
+forwarded twice instead of all of it, at the same peak memory, and a batch of one chunk costs what a plain step costs.
 """
 
 from __future__ import annotations
