@@ -17,6 +17,7 @@ import psutil
 import pytest
 from training_helpers import command, environment, lines, losses, options, run, small_data
 
+from fastclip.data.demo import write_demo
 from fastclip.training.__main__ import main
 
 TIMEOUT = 300
@@ -105,6 +106,21 @@ def test_two_ranks(data: Path, tmp_path: Path, curve: list[float], launcher: str
 @pytest.mark.long
 def test_deepspeed_command(data: Path, tmp_path: Path, curve: list[float]) -> None:
     check_curve("deepspeed", data, tmp_path / "out", curve)
+
+
+@pytest.mark.long
+def test_the_demo_at_half_its_chunk_size(tmp_path: Path) -> None:
+    """The demo's own model, data, batch and Muon under the launcher: one curve in fp32."""
+    data = tmp_path / "data"
+    write_demo(data)
+    for chunk_size in (128, 64):
+        words = ["--recipe", "demo", "--data", str(data), "--out", str(tmp_path / str(chunk_size)), "--minutes", "0"]
+        words += ["--precision", "fp32", "--steps", "8", "--warmup", "4", "--log-every", "1"]
+        result = run("launch", [*words, "--chunk-size", str(chunk_size)], timeout=900)
+        assert result.returncode == 0, result.stdout + result.stderr
+    whole, half = losses(tmp_path / "128"), losses(tmp_path / "64")
+    assert half == pytest.approx(whole, rel=1e-5)
+    assert whole[-1] < whole[0]
 
 
 @pytest.mark.long

@@ -32,6 +32,8 @@ def all_runs(data: Path, folder: Path, precision: str) -> None:
         this_rank().barrier()
         run(data, again, resume=again / "checkpoints" / "step_00000003", **choice)
     run(data, folder / "half", chunk_size=2, precision=precision)
+    for name, chunk_size in (("muon", 4), ("muon-half", 2)):
+        run(data, folder / name, chunk_size=chunk_size, precision=precision, optimizer="muon", zero_stage=2)
 
 
 def runs_of(folder: Path, precision: str) -> Path:
@@ -66,9 +68,10 @@ def test_one_loss_curve(runs: Path, engine: str, stage: int) -> None:
     assert losses(runs / f"{engine}{stage}") == pytest.approx(losses(runs / "torch0"), rel=1e-5)
 
 
-def test_half_the_chunk_size_gives_the_same_curve(runs: Path) -> None:
-    assert losses(runs / "half") == pytest.approx(losses(runs / "deepspeed1"), rel=1e-5)
-    assert len(set(losses(runs / "half"))) == STEPS
+@pytest.mark.parametrize(("half", "whole"), [("half", "deepspeed1"), ("muon-half", "muon")])
+def test_half_the_chunk_size_gives_the_same_curve(runs: Path, half: str, whole: str) -> None:
+    assert losses(runs / half) == pytest.approx(losses(runs / whole), rel=1e-5)
+    assert len(set(losses(runs / half))) == STEPS
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
