@@ -94,7 +94,7 @@ def test_what_lies_behind_the_end_of_text_has_no_effect() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_last_block_for_pooled_rows_is_the_last_block_for_all(packed: bool) -> None:
-    tower = perturbed(Transformer(32, 2, 2, 4.0, quick_gelu=False).double())
+    tower = perturbed(Transformer(32, 2, 2, 4.0).double())
     x = torch.randn(12, 32, dtype=torch.float64)
     if packed:
         cu_seqlens = torch.tensor([0, 3, 4, 12], dtype=torch.int32)

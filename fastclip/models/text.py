@@ -21,7 +21,9 @@ class TextTower(nn.Module):
         self.vocab_size = config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio, quick_gelu)
+        self.transformer = Transformer(
+            width, config.layers, config.heads, config.mlp_ratio, "quick_gelu" if quick_gelu else "gelu"
+        )
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)

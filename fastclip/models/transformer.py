@@ -61,13 +61,35 @@ class Attention(nn.Module):
         return self.out_proj(out.flatten(-2))
 
 
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+def activation(name: str) -> nn.Module:
+    """GELU (with erf), its tanh approximation, or x * sigmoid(1.702 x)."""
+    if name == "quick_gelu":
+        return QuickGELU()
+    return nn.GELU(approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+class LayerScale(nn.Module):
+    """x * gamma (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., W) -> (..., W)."""
+        return x * self.gamma
+
+
 class MLP(nn.Module):
     """c_proj(activation(c_fc(x)))."""
 
-    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, hidden: int, act: str) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.gelu = activation(act)
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,14 +98,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """x + ls_1(attn(ln_1(x))), then x + ls_2(mlp(ln_2(x))); without `ls_init_value` there are no scales."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, act: str, norm_eps: float, ls_init_value: float | None
+    ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
+        self.ls_1 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
+        self.ln_2 = nn.LayerNorm(width, norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), act)
+        self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
 
     def forward(
         self,
@@ -95,16 +121,31 @@ class Block(nn.Module):
     ) -> Tensor:
         """The block's output for all tokens, or (B, W) for `pool_rows` alone: exact, and an MLP on B rows only."""
         attended = self.attn(self.ln_1(x), cu_seqlens, max_seqlen, causal, pool_rows)
-        x = attended + (x if pool_rows is None else _rows(x, pool_rows))
-        return x + self.mlp(self.ln_2(x))
+        x = self.ls_1(attended) + (x if pool_rows is None else _rows(x, pool_rows))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; with `pool_rows` the last one is computed for those rows only."""
+    """A stack of blocks; with `pool_rows` the last one is computed for those rows only.
 
-    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
+    act: one of ACTIVATIONS.
+    ls_init_value: LayerScale's initial value; None for blocks without it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        act: str = "gelu",
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+    ) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, quick_gelu) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, act, norm_eps, ls_init_value) for _ in range(layers)
+        )
 
     def init_scaled(self) -> None:
         """OpenAI's initialisation of the text tower: products into the residual shrink with the depth."""

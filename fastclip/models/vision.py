@@ -70,7 +70,9 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, width // config.head_width, config.mlp_ratio, quick_gelu)
+        self.transformer = Transformer(
+            width, config.layers, width // config.head_width, config.mlp_ratio, "quick_gelu" if quick_gelu else "gelu"
+        )
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
