@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 
 # open_clip, to compare with. It asks for a torchvision, and no build of that belongs to the pinned torch: see tests/peers.py.
 $(PEERS): $(STAMP)
-	@$(PIP) --no-deps torchvision timm open_clip_torch
+	@$(PIP) --no-deps torchvision timm open_clip_torch clip_benchmark
 	@$(PIP) ftfy regex huggingface_hub
 	@touch $@
 

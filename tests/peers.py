@@ -15,3 +15,9 @@ def open_clip_module(name: str = "open_clip") -> Any:
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     pytest.importorskip("open_clip", reason="open_clip is not installed", exc_type=ImportError)
     return importlib.import_module(name)
+
+
+def clip_benchmark_module(name: str) -> Any:
+    """A module of CLIP_benchmark."""
+    pytest.importorskip("clip_benchmark", reason="clip_benchmark is not installed", exc_type=ImportError)
+    return importlib.import_module(name)

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from contrastive_loss_helpers import run_on_ranks
 from data_helpers import image_file, sample
 from PIL import Image
 from torch import Tensor
@@ -23,12 +21,22 @@ from fastclip.data import EvalSet, get_tokenizer, write_shard
 from fastclip.data.demo import write_demo
 from fastclip.errors import UserError
 from fastclip.evaluation import Encoder, eval_sets, evaluate_folder, retrieval, zero_shot, zero_shot_classifier
+from fastclip.evaluation.gallery import Gallery
+from fastclip.evaluation.retrieval import ranks
+from fastclip.evaluation.sets import find_sets
 from fastclip.evaluation.suite import has_eval_sets, summary
+from fastclip.evaluation.zero_shot import multi_label, prompts
 from fastclip.models import create_model
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+def tiles(monkeypatch: pytest.MonkeyPatch, images: int, texts: int) -> None:
+    module = sys.modules["fastclip.evaluation.retrieval"]
+    monkeypatch.setattr(module, "_IMAGES", images)
+    monkeypatch.setattr(module, "_TEXTS", texts)
 
 
 def by_enumeration(images: Tensor, texts: Tensor, owners: list[int]) -> dict[str, dict[str, float]]:
@@ -49,9 +57,11 @@ def by_enumeration(images: Tensor, texts: Tensor, owners: list[int]) -> dict[str
 
 
 @pytest.mark.parametrize("captions_per_image", [1, 3])
-@pytest.mark.parametrize("block", [1, 50, 1 << 24])
-def test_retrieval_is_what_sorting_gives(captions_per_image: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["fastclip.evaluation.retrieval"], "_BLOCK", block)
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (256, 2048)])
+def test_retrieval_is_what_sorting_gives(
+    captions_per_image: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles(monkeypatch, *tile)
     owners = [i for i in range(23) for _ in range(captions_per_image)]
     images = unit(23, 6)
     texts = F.normalize(images[owners] + 0.7 * unit(len(owners), 6, seed=1), dim=1)
@@ -60,10 +70,28 @@ def test_retrieval_is_what_sorting_gives(captions_per_image: int, block: int, mo
     assert 0.1 < found["image_to_text"]["R@1"] < found["image_to_text"]["R@10"]
 
 
-def test_features_that_are_all_alike_find_nothing() -> None:
+@pytest.mark.parametrize("tile", [(3, 4), (256, 2048)])
+def test_equal_scores_stand_in_the_order_of_their_index(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that are all alike find what lies first, which is chance; kinds of equal items are sorted stably."""
+    tiles(monkeypatch, *tile)
     same = torch.ones(20, 4) / 2
     for figures in retrieval(same, same, torch.arange(20)).values():
-        assert figures == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0, "median_rank": 20.0}
+        assert figures == {"R@1": 1 / 20, "R@5": 5 / 20, "R@10": 10 / 20, "median_rank": 10.5}
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.randint(0, 23, (50,), generator=generator)
+    images = unit(3, 6)[torch.randint(0, 3, (23,), generator=generator)]
+    texts = unit(3, 6)[torch.randint(0, 3, (50,), generator=generator)]
+    image_ranks, text_ranks = ranks(images.float(), texts.float(), owners)
+    kinds = {tuple(row): number for number, row in enumerate(unit(3, 6).tolist())}
+    image_kind, text_kind = ([kinds[tuple(row)] for row in rows.tolist()] for rows in (images, texts))
+    scores = (unit(3, 6) @ unit(3, 6).T)[image_kind][:, text_kind]
+    for i in range(23):
+        order = sorted(range(50), key=lambda j: (-scores[i, j].item(), j))
+        own = [order.index(j) for j in range(50) if owners[j] == i]
+        assert image_ranks[i] == min(own, default=50)
+    for j in range(50):
+        order = sorted(range(23), key=lambda i: (-scores[i, j].item(), i))
+        assert text_ranks[j] == order.index(int(owners[j]))
 
 
 def test_an_image_without_a_caption_is_never_found() -> None:
@@ -73,6 +101,10 @@ def test_an_image_without_a_caption_is_never_found() -> None:
     assert figures["text_to_image"]["R@1"] == 1
     with pytest.raises(ValueError, match="caption_image has 3 entries, must have 2"):
         retrieval(images, images[:2], torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"each of an image in \[0, 3\)"):
+        retrieval(images, images[:2], torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="a score is NaN"):
+        retrieval(images, images * torch.nan, torch.arange(3))
 
 
 def test_classifier_is_the_renormalised_mean_of_normalised_prompts() -> None:
@@ -90,6 +122,30 @@ def test_classifier_is_the_renormalised_mean_of_normalised_prompts() -> None:
         zero_shot_classifier(encode, ["cat"], ["a {}", "a photo"])
     with pytest.raises(ValueError, match="must not be empty"):
         zero_shot_classifier(encode, [], ["a {}"])
+    with pytest.raises(ValueError, match="'cat' names the classes 0 and 2"):
+        zero_shot_classifier(encode, ["cat", "dog", "cat"], ["a {}"])
+    with pytest.raises(ValueError, match="class 1 of 2 has an empty name"):
+        zero_shot_classifier(encode, ["cat", " "], ["a {}"])
+    own = {"cat": ["a cat", "the cat"], "dog": ["a dog"]}
+    torch.testing.assert_close(zero_shot_classifier(encode, ["cat", "dog"], own)[0], classifier[0])
+    with pytest.raises(ValueError, match="no prompt for the class 'bird'"):
+        zero_shot_classifier(encode, ["cat", "bird"], own)
+
+
+def test_prompts_are_encoded_for_some_classes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, templates = [f"class {number}" for number in range(50)], ["a {}", "the {c}", "{} {c}"]
+    sizes: list[int] = []
+
+    def encode(texts: Any) -> Tensor:
+        sizes.append(len(texts))
+        return torch.stack([unit(5, seed=sum(text.encode())) for text in texts])
+
+    whole = zero_shot_classifier(encode, names, templates)
+    assert sizes.pop() == 150
+    monkeypatch.setattr(sys.modules["fastclip.evaluation.zero_shot"], "_PROMPTS", 10)
+    assert torch.equal(zero_shot_classifier(encode, names, templates), whole)
+    assert max(sizes) <= 10
+    assert prompts("x", templates) == ["a x", "the x", "x x"]
 
 
 def test_zero_shot_figures_by_hand() -> None:
@@ -112,6 +168,45 @@ def test_zero_shot_figures_by_hand() -> None:
         zero_shot(images, classifier, labels[:2])
 
 
+def test_equal_classes_stand_in_their_order() -> None:
+    classifier = torch.eye(4)[[0, 1, 0, 1]]
+    images, labels = torch.eye(4)[[0, 0, 1, 1]], torch.tensor([0, 2, 1, 3])
+    found = zero_shot(images, classifier, labels)
+    assert found["top1"] == 0.5
+    assert found["top5"] == 1
+    assert np.array(found["confusion"])[[0, 2, 1, 3], [0, 0, 1, 1]].tolist() == [1, 1, 1, 1]
+
+
+def test_zero_shot_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    monkeypatch.setattr(sys.modules["fastclip.evaluation.zero_shot"], "_SCORES", 100)
+    images, classifier = unit(300, 16), unit(11, 16, seed=1)
+    labels = torch.randint(0, 9, (300,), generator=torch.Generator().manual_seed(2))  # two classes never occur
+    scores = (images @ classifier.T).numpy()
+    found = zero_shot(images, classifier, labels)
+    predicted = scores.argmax(1)
+    assert found["top1"] == metrics.accuracy_score(labels, predicted)
+    assert found["top5"] == metrics.top_k_accuracy_score(labels, scores, k=5, labels=range(11))
+    wanted = metrics.recall_score(labels, predicted, average="macro", labels=labels.unique())
+    assert found["mean_per_class_recall"] == pytest.approx(wanted, abs=1e-12)
+    assert found["confusion"] == metrics.confusion_matrix(labels, predicted, labels=range(11)).tolist()
+    several = torch.rand(300, 11, generator=torch.Generator().manual_seed(3)) < 0.2
+    wanted = metrics.average_precision_score(several.numpy(), scores, average="macro")
+    assert multi_label(images, classifier, several)["mean_average_precision"] == pytest.approx(wanted, abs=1e-12)
+    with pytest.raises(ValueError, match=r"must be \(images, classes\) = \(300, 11\), was \(300, 10\)"):
+        multi_label(images, classifier, several[:, :10])
+
+
+def test_average_precision_by_hand() -> None:
+    images, classifier = torch.tensor([[1.0], [1.0], [0.5], [0.2]]), torch.tensor([[1.0], [-1.0]])
+    labels = torch.tensor([[0, 0], [1, 0], [0, 0], [1, 0]], dtype=torch.bool)
+    found = multi_label(images, classifier, labels)
+    assert found["average_precision"] == [
+        pytest.approx((1 / 2 + 2 / 4) / 2),
+        0,
+    ]  # of equal scores the first comes first
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
@@ -119,21 +214,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def encoder(folder: Path, group: dist.ProcessGroup | None = None, batch_size: int = 96) -> Encoder:
+def encoder(folder: Path, batch_size: int = 96) -> Encoder:
     torch.manual_seed(0)
-    plain = Encoder.of_model(create_model("debug"), get_tokenizer(folder), batch_size=batch_size)
-    return Encoder(plain.forward, plain.config, plain.tokenizer, group=group, batch_size=batch_size)
-
-
-def on_ranks(folder: Path) -> Any:
-    return evaluate_folder(encoder(folder, dist.group.WORLD), folder, with_gallery=True)
-
-
-def test_a_folder_gives_the_same_figures_on_any_number_of_ranks(folder: Path) -> None:
-    torch.set_num_threads(1)
-    alone = evaluate_folder(encoder(folder), folder, with_gallery=True)
-    for found in run_on_ranks(3, on_ranks, folder):
-        assert found == alone
+    return Encoder.of_model(create_model("debug"), get_tokenizer(folder), batch_size=batch_size)
 
 
 def test_what_is_found_in_the_demo_folder(folder: Path) -> None:
@@ -158,12 +241,10 @@ def test_what_is_found_in_the_demo_folder(folder: Path) -> None:
 
 def test_the_gallery_marks_the_true_pairs(folder: Path) -> None:
     """With a model whose features are the pair's number, every first answer is right and all others are wrong."""
-    images = eval_sets(folder, get_tokenizer(folder), 64)["scenes_test"]
-    from fastclip.evaluation.gallery import Gallery
-
+    held_out = find_sets(folder, get_tokenizer(folder), 64)["scenes_test"]
     gallery = Gallery()
-    features = torch.eye(len(images))
-    gallery.add_pairs(images, features, features)
+    features = torch.eye(len(held_out.images))
+    gallery.add_pairs(held_out, features, features)
     for entry in gallery.to_dict()["text_to_image"]:
         assert [shown["right"] for shown in entry["images"]] == [True, False, False, False, False]
     for entry in gallery.to_dict()["image_to_text"]:

@@ -1,6 +1,7 @@
 """Held-out data in its own order, for evaluation: every image once, every caption of it."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from fastclip.data.loader import BrokenSample, captions_of
 from fastclip.data.shards import ShardIndex, ShardSpec
 from fastclip.data.tokenizer import Tokenizer
 from fastclip.data.transforms import decode_image, eval_pixels
+
+
+def eval_batch(
+    numbers: Sequence[int], image_file: Callable[[int], bytes], image_size: int, skipped: Counter[str]
+) -> Tensor:
+    """Images that `image_file` reads: uint8 (n, 3, S, S). One that cannot be decoded is mid-gray and counted."""
+    out = torch.full((len(numbers), 3, image_size, image_size), 128, dtype=torch.uint8)
+    for row, number in zip(out.numpy(), numbers, strict=True):
+        try:
+            row[:] = eval_pixels(decode_image(image_file(number)), image_size)
+        except (ValueError, OSError):
+            skipped["unreadable_image"] += 1
+    return out
 
 
 class EvalSet:
@@ -53,14 +67,9 @@ class EvalSet:
 
     def images(self, start: int, stop: int) -> Tensor:
         """Images start..stop - 1: uint8 (n, 3, S, S), shorter side resized, centre cut out."""
-        numbers = self._numbers[start:stop]
-        out = torch.full((len(numbers), 3, self._image_size, self._image_size), 128, dtype=torch.uint8)
-        for row, number in zip(out.numpy(), numbers, strict=True):
-            try:
-                row[:] = eval_pixels(decode_image(self._index.read(number).image), self._image_size)
-            except (ValueError, OSError):
-                self.skipped["unreadable_image"] += 1
-        return out
+        return eval_batch(
+            self._numbers[start:stop], lambda number: self._index.read(number).image, self._image_size, self.skipped
+        )
 
     def texts(self, start: int, stop: int) -> Tensor:
         """Captions start..stop - 1: int64 (n, context_length)."""

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastclip.data import EvalSet, Tokenizer, normalize_image
+from fastclip.data import Tokenizer, normalize_image
 from fastclip.data.transforms import eval_pixels
 from fastclip.models import CLIP, CLIPConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from fastclip.evaluation.sets import ImageSource
 
 Forward = Callable[[Tensor | None, Tensor | None], dict[str, Tensor]]
 
@@ -67,9 +69,9 @@ class Encoder:
 
         return cls(forward, model.config, tokenizer, device=device, dtype=dtype, batch_size=batch_size)
 
-    def images(self, eval_set: EvalSet) -> Tensor:
+    def images(self, source: ImageSource) -> Tensor:
         """Features of all images of a held-out set (images, embed_dim)."""
-        return self._encode(len(eval_set), lambda start, stop: self._image_batch(eval_set.images(start, stop)))
+        return self._encode(len(source), lambda start, stop: self._image_batch(source.images(start, stop)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Features of texts (texts, embed_dim)."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastclip.data import EvalSet
 from fastclip.data.transforms import decode_image
+from fastclip.evaluation.sets import HeldOut, ImageSource
 
 QUERIES, SHOWN = 6, 5
 THUMBNAIL = 160  # pixels along the longer side at most
@@ -24,37 +25,38 @@ class Gallery:
         self._text_to_image: list[dict[str, Any]] = []
         self._image_to_text: list[dict[str, Any]] = []
 
-    def add_pairs(self, eval_set: EvalSet, images: Tensor, texts: Tensor) -> None:
+    def add_pairs(self, held_out: HeldOut, images: Tensor, texts: Tensor) -> None:
         """Captions with their best images and images with their best captions; features of unit length."""
-        owners = eval_set.caption_image
+        owners, source = held_out.caption_image, held_out.images
         for text in _spread(len(texts)):
             scores, best = _best(texts[text], images)
             shown = [
-                {"key": eval_set.keys[i], "score": s, "right": i == int(owners[text]), "image": _data_uri(eval_set, i)}
+                {"key": source.keys[i], "score": s, "right": i == int(owners[text]), "image": _data_uri(source, i)}
                 for s, i in zip(scores, best, strict=True)
             ]
-            self._text_to_image.append({"text": eval_set.captions[text], "images": shown})
+            self._text_to_image.append({"text": held_out.captions[text], "images": shown})
         for image in _spread(len(images)):
-            captions, right = eval_set.captions, [int(owner) == image for owner in owners]
-            self._add_image(eval_set, image, images[image], texts, captions, right)
+            right = [int(owner) == image for owner in owners]
+            self._add_image(source, image, images[image], texts, held_out.captions, right)
 
-    def add_classes(self, eval_set: EvalSet, images: Tensor, classifier: Tensor, classnames: Sequence[str]) -> None:
+    def add_classes(self, held_out: HeldOut, images: Tensor, classifier: Tensor) -> None:
         """Images with their best classes."""
-        assert eval_set.labels is not None
+        assert held_out.labels is not None
+        labels = F.one_hot(held_out.labels, len(classifier)) if held_out.labels.dim() == 1 else held_out.labels
         for image in _spread(len(images)):
-            right = [number == int(eval_set.labels[image]) for number in range(len(classnames))]
-            self._add_image(eval_set, image, images[image], classifier, classnames, right)
+            right = labels[image].bool().tolist()
+            self._add_image(held_out.images, image, images[image], classifier, held_out.classnames, right)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: {"text_to_image": [...], "image_to_text": [...]}, images as data URIs."""
         return {"text_to_image": self._text_to_image, "image_to_text": self._image_to_text}
 
     def _add_image(
-        self, eval_set: EvalSet, image: int, features: Tensor, items: Tensor, texts: Sequence[str], right: list[bool]
+        self, source: ImageSource, image: int, features: Tensor, items: Tensor, texts: Sequence[str], right: list[bool]
     ) -> None:
         scores, best = _best(features, items)
         shown = [{"text": texts[i], "score": s, "right": right[i]} for s, i in zip(scores, best, strict=True)]
-        entry = {"key": eval_set.keys[image], "image": _data_uri(eval_set, image), "texts": shown}
+        entry = {"key": source.keys[image], "image": _data_uri(source, image), "texts": shown}
         self._image_to_text.append(entry)
 
 
@@ -67,12 +69,12 @@ def _best(query: Tensor, items: Tensor) -> tuple[list[float], list[int]]:
     return [round(score, 4) for score in scores.tolist()], best.tolist()
 
 
-def _data_uri(eval_set: EvalSet, number: int) -> str:
+def _data_uri(source: ImageSource, number: int) -> str:
     """A small PNG of an image of the set; an image that cannot be decoded is the gray that the model saw."""
     from PIL import Image
 
     try:
-        image = decode_image(eval_set.image_file(number))
+        image = decode_image(source.image_file(number))
     except ValueError:
         image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (128, 128, 128))
     image.thumbnail((THUMBNAIL, THUMBNAIL))

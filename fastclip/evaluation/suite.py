@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from fastclip.data import EvalSet, Tokenizer
 from fastclip.errors import UserError
 from fastclip.evaluation.encoder import Encoder
 from fastclip.evaluation.gallery import Gallery
 from fastclip.evaluation.retrieval import retrieval
-from fastclip.evaluation.zero_shot import zero_shot, zero_shot_classifier
-
-HELD_OUT = "_test"
+from fastclip.evaluation.sets import HELD_OUT, HeldOut, find_sets
+from fastclip.evaluation.zero_shot import multi_label, zero_shot, zero_shot_classifier
 
 
 def has_eval_sets(folder: str | Path) -> bool:
@@ -25,40 +27,62 @@ def has_eval_sets(folder: str | Path) -> bool:
 
 
 def eval_sets(folder: str | Path, tokenizer: Tokenizer, image_size: int) -> dict[str, EvalSet]:
-    """The held-out sets of `folder` by name: all shards `<name>_test-*.tar` are the set "<name>_test"."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no held-out data at {folder}: it is not a folder")
-    names = sorted({path.name.rpartition("-")[0] for path in folder.glob(f"*{HELD_OUT}-*.tar")})
-    if not names:
+    """The sets of `folder` that lie in shards, by name, to search through."""
+    found = find_sets(folder, tokenizer, image_size)
+    sets = {name: one.images for name, one in found.items() if isinstance(one.images, EvalSet)}
+    if not sets:
         raise UserError(f"no held-out data in {folder}: it must hold shards named <name>{HELD_OUT}-00000.tar")
-    return {name: EvalSet(sorted(folder.glob(f"{name}-*.tar")), tokenizer, image_size) for name in names}
+    return sets
 
 
-def evaluate_folder(encoder: Encoder, folder: str | Path, with_gallery: bool = False) -> dict[str, Any]:
+def evaluate_folder(
+    encoder: Encoder, folder: str | Path, with_gallery: bool = False, split: str = "test"
+) -> dict[str, Any]:
     """{"data": folder, "sets": {name: figures}}, and "gallery" when asked for; the same on every rank.
 
-    A set with `<name>.classes.json` ({"classnames": [...], "templates": [...]}) and a "label" in each record is
-    classified zero-shot; any other is retrieved by its captions.
+    See `sets` for the layouts that a folder may have; `split` is the one to evaluate where there are several.
     """
-    sets: dict[str, Any] = {}
-    gallery = Gallery()
-    for name, eval_set in eval_sets(folder, encoder.tokenizer, encoder.config.vision.image_size).items():
-        classes = _classes(Path(folder) / f"{name}.classes.json")
-        images = encoder.images(eval_set)
-        if classes is not None and eval_set.labels is not None:
-            classifier = zero_shot_classifier(encoder.texts, **classes)
-            figures = {"task": "zero_shot", "images": len(images), **zero_shot(images, classifier, eval_set.labels)}
-            sets[name] = figures | classes
-            gallery.add_classes(eval_set, images, classifier, classes["classnames"])
-        else:
-            texts = encoder.texts(eval_set.captions)
-            figures = {"task": "retrieval", "images": len(images), "texts": len(texts)}
-            sets[name] = figures | retrieval(images, texts, eval_set.caption_image)
-            gallery.add_pairs(eval_set, images, texts)
-        sets[name]["skipped"] = _total(eval_set.skipped, encoder.group)
+    found = find_sets(folder, encoder.tokenizer, encoder.config.vision.image_size, split)
+    gallery = Gallery() if with_gallery else None
+    sets = {name: evaluate_set(encoder, held_out, gallery)[0] for name, held_out in found.items()}
     results = {"data": str(folder), "sets": sets}
-    return results | {"gallery": gallery.to_dict()} if with_gallery else results
+    return results | {"gallery": gallery.to_dict()} if gallery else results
+
+
+def evaluate_set(
+    encoder: Encoder, held_out: HeldOut, gallery: Gallery | None = None
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """The figures of a set, its image features, and the classifier or its captions' features."""
+    images = encoder.images(held_out.images)
+    figures: dict[str, Any] = {"task": held_out.task, "images": len(images), "layout": held_out.layout}
+    figures["fingerprint"] = fingerprint(held_out)
+    try:
+        if held_out.labels is not None and held_out.task != "retrieval":
+            texts = zero_shot_classifier(encoder.texts, held_out.classnames, held_out.templates)
+            measure = multi_label if held_out.task == "multi_label" else zero_shot
+            figures |= measure(images, texts, held_out.labels)
+            figures |= {"classnames": held_out.classnames, "templates": held_out.templates}
+            if gallery:
+                gallery.add_classes(held_out, images, texts)
+        else:
+            texts = encoder.texts(held_out.captions)
+            figures |= {"texts": len(texts)} | retrieval(images, texts, held_out.caption_image, encoder.group)
+            if gallery:
+                gallery.add_pairs(held_out, images, texts)
+    except ValueError as error:
+        raise UserError(f"{held_out.name} ({len(held_out.classnames)} class names): {error}") from error
+    return figures | {"skipped": _total(held_out.images.skipped, encoder.group)}, images, texts
+
+
+def fingerprint(held_out: HeldOut) -> str:
+    """SHA-256 over the set's keys, labels, classes, prompts and captions, in their order: two sets alike in these."""
+    digest = hashlib.sha256()
+    labels = [] if held_out.labels is None else held_out.labels.int().tolist()
+    templates = held_out.templates if isinstance(held_out.templates, dict) else list(held_out.templates)
+    parts: Iterable[Any] = (held_out.images.keys, labels, held_out.classnames, templates, held_out.captions)
+    for part in (*parts, held_out.caption_image.tolist()):
+        digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -67,21 +91,13 @@ def summary(results: dict[str, Any]) -> str:
     for name, figures in results["sets"].items():
         if figures["task"] == "zero_shot":
             parts.append(f"{name} top-1 {figures['top1']:.1%}")
+        elif figures["task"] == "multi_label":
+            parts.append(f"{name} mAP {figures['mean_average_precision']:.1%}")
         else:
             ways = (("image->text", "image_to_text"), ("text->image", "text_to_image"))
             shown = (f"{way} R@1 {figures[key]['R@1']:.1%} R@5 {figures[key]['R@5']:.1%}" for way, key in ways)
             parts.append(f"{name} {', '.join(shown)}")
     return "; ".join(parts)
-
-
-def _classes(path: Path) -> dict[str, list[str]] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        return {key: [str(text) for text in content[key]] for key in ("classnames", "templates")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} must hold {{"classnames": [...], "templates": [...]}}: {error!r}') from error
 
 
 def _total(skipped: Counter[str], group: dist.ProcessGroup | None) -> dict[str, int]:
