@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results" / "grad_cache.csv")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "build" / "grad_cache.csv")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subjects = steps(options.model, options.batch, device)
