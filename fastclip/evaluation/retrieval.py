@@ -73,15 +73,15 @@ class _Tiles:
         self.dtype = torch.promote_types(image_features.dtype, torch.float32)
         self._images, self._texts = image_features.to(self.dtype), text_features.to(self.dtype)
         self._scores = torch.empty(_IMAGES, _TEXTS, dtype=self.dtype)
+        for name, features in (("image_features", image_features), ("text_features", text_features)):
+            if not features.isfinite().all():
+                raise ValueError(f"{name} must be finite, holds NaN or infinity")
 
     def scores(self, i: int, t: int) -> Tensor:
         """The tile that begins at image i and text t, cut where they end. It lives until the next one is asked for."""
         images, texts = self._images[i : i + _IMAGES], self._texts[t : t + _TEXTS]
         torch.mm(_padded(images, _IMAGES), _padded(texts, _TEXTS).T, out=self._scores)
-        scores = self._scores[: len(images), : len(texts)]
-        if scores.isnan().any():
-            raise ValueError("image_features and text_features must be finite: a score is NaN")
-        return scores
+        return self._scores[: len(images), : len(texts)]
 
 
 def _padded(features: Tensor, rows: int) -> Tensor:
@@ -108,7 +108,7 @@ def _ahead(scores: Tensor, partner: Tensor, place: Tensor) -> Tensor:
     """
     lowest = torch.full_like(partner, -torch.inf)
     above = torch.where(place >= scores.shape[1], torch.nextafter(partner, lowest), partner)
-    count = (scores > above[:, None]).view(torch.uint8).sum(1, dtype=torch.int32)
+    count = torch.gt(scores, above[:, None], out=torch.empty_like(scores)).sum(1).int()  # a sum below 2^24: exact
     inside = ((place > 0) & (place < scores.shape[1])).nonzero()[:, 0]
     earlier = torch.arange(scores.shape[1]) < place[inside, None]
     count[inside] += ((scores[inside] == partner[inside, None]) & earlier).sum(1, dtype=torch.int32)
