@@ -2,6 +2,7 @@
 # make test       the fast tests (<= 15 minutes on 2 cores from nothing)
 # make test-all   all tests: also the long ones, and those beside other packages
 # make lint       ruff and mypy
+# make docs       the documents as a site, into build/site
 # make bench      measures the CPU part (about 8 minutes on a quiet machine): benchmarks/results/, the tables in docs/
 # make lab        for a GPU at hand for minutes: builds, tests, measures what matters most first, into $(LAB_OUT)
 PYTHON ?= python3
@@ -21,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint bench lab build env clean
+.PHONY: demo test test-all lint docs bench lab build env clean
 
 env: $(STAMP)
 
@@ -34,13 +35,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 	@echo "Installing into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja triton
-	@$(PIP) --no-build-isolation -e '.[train,eval,dev]'
+	@$(PIP) --no-build-isolation -e '.[train,eval,dev,docs]'
 	@touch $@
 
-# open_clip, to compare with. It asks for a torchvision, and no build of that belongs to the pinned torch: see tests/peers.py.
+# What tests compare with and drop in to. Some ask for a torchvision, and no build of that belongs to the pinned torch: see
+# tests/peers.py.
 $(PEERS): $(STAMP)
 	@$(PIP) --no-deps torchvision timm open_clip_torch clip_benchmark
-	@$(PIP) ftfy regex huggingface_hub
+	@$(PIP) ftfy regex huggingface_hub transformers sentence-transformers accelerate lightning
 	@touch $@
 
 build: $(STAMP)
@@ -61,6 +63,10 @@ test-all: $(STAMP) $(PEERS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(STAMP)
+	@$(BIN)/mkdocs build --strict -q
+	@echo build/site/index.html
 
 bench: $(STAMP) $(PEERS)
 	@rm -f $(RESULTS)/cpu.csv $(RESULTS)/quick.csv
