@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastclip.ops.attention import PackedText, attention, pack_text, pooled_attention, reference
+from fastclip.ops import _dispatch
+from fastclip.ops.attention import (
+    PackedText,
+    attention,
+    explain,
+    flash_attn,
+    pack_text,
+    pooled_attention,
+    reference,
+    sdpa,
+    xformers,
+)
 from fastclip.ops.attention.packing import gather_rows, padded_rows, scatter_rows
 from fastclip.testing import assert_within_budget, value_and_gradients
 
@@ -172,6 +185,10 @@ def test_packed_text_moves_whole_and_is_no_tuple() -> None:
     assert (moved.tokens.device.type, moved.cu_seqlens.device.type, moved.max_seqlen) == ("meta", "meta", 2)
 
 
+def packed(total: int, bounds: list[int], max_seqlen: int) -> Tensor:
+    return attention(torch.zeros(total, 3, 2, 8), torch.tensor(bounds), max_seqlen)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -180,6 +197,15 @@ def test_packed_text_moves_whole_and_is_no_tuple() -> None:
         (lambda: attention(torch.zeros(2, 5, 3, 2, 8), impl="flash"), "impl.*'flash'"),
         (lambda: attention(torch.zeros(5, 3, 2, 8), torch.tensor([0, 5])), "cu_seqlens and max_seqlen must be given"),
         (lambda: attention(torch.zeros(5, 3, 2, 8), torch.tensor([0.0, 5.0]), 5), "cu_seqlens must be integers"),
+        (lambda: packed(9, [0, 4], 5), "cu_seqlens ends at 4, must end at 9, the rows of qkv$"),
+        (lambda: packed(9, [1, 5, 9], 5), "cu_seqlens starts at 1, must start at 0$"),
+        (lambda: packed(9, [0, 9], 5), "cu_seqlens has a sequence of 9 rows, more than max_seqlen = 5$"),
+        (lambda: packed(9, [2, 8, 3, 4], 5), "starts at 2.*ends at 4.*falls from 8 to 3 at position 1.*of 6 rows"),
+        (lambda: attention(torch.zeros(5, 3, 2, 8).int(), torch.tensor([0, 5]), 5), "qkv must be.*torch.int32"),
+        (
+            lambda: attention(torch.zeros(5, 3, 2, 8), torch.tensor([0, 5], device="meta"), 5),
+            "cu_seqlens must be on cpu like qkv, was on meta",
+        ),
         (lambda: pooled_attention(torch.zeros(2, 2, 4), torch.zeros(2, 5, 2, 2, 8)), r"q must be \(2, 2, 8\)"),
         (lambda: pack_text(torch.zeros(3, dtype=torch.long)), "ids must be integer"),
         (lambda: pack_text(torch.zeros(3, 4)), "ids must be integer"),
@@ -188,3 +214,119 @@ def test_packed_text_moves_whole_and_is_no_tuple() -> None:
 def test_wrong_arguments_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_mask_on_cuda_never_meets_cudnn() -> None:
+    """Its backward makes NaN there of rows whose lse is below -88.7, where N % 128 == 64."""
+    mask = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    with sdpa._backends(mask, torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    with sdpa._backends(None, torch.device("cuda")):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def fake_flash_attn() -> types.ModuleType:
+    """flash-attn 2's four entries, with its signatures, on the specification."""
+    module = types.ModuleType("flash_attn")
+
+    def qkvpacked(qkv, dropout_p=0.0, softmax_scale=None, causal=False, *, deterministic=False):
+        return reference.attention(qkv, causal=causal, softmax_scale=softmax_scale)
+
+    def varlen_qkvpacked(
+        qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, *, deterministic
+    ):
+        assert cu_seqlens.dtype == torch.int32
+        return reference.attention(qkv, cu_seqlens, max_seqlen, causal=causal, softmax_scale=softmax_scale)
+
+    def kvpacked(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, *, deterministic=False):
+        return reference.pooled_attention(q[:, 0], kv, softmax_scale=softmax_scale)[:, None]
+
+    def varlen_kvpacked(q, kv, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, *, deterministic=False):
+        assert (cu_q.diff() == 1).all()
+        assert max_q == 1
+        return reference.pooled_attention(q, kv, cu_k, max_k, softmax_scale=softmax_scale)
+
+    module.flash_attn_qkvpacked_func, module.flash_attn_varlen_qkvpacked_func = qkvpacked, varlen_qkvpacked
+    module.flash_attn_kvpacked_func, module.flash_attn_varlen_kvpacked_func = kvpacked, varlen_kvpacked
+    return module
+
+
+def fake_xformers() -> types.ModuleType:
+    """xformers' `memory_efficient_attention` and the masks we use, on the specification."""
+    package, module = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+
+    class LowerTriangularMask:
+        pass
+
+    class BlockDiagonalMask:
+        is_causal = False
+
+        @classmethod
+        def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None):
+            mask = cls()
+            mask.q, mask.kv = q_seqlen, kv_seqlen or q_seqlen
+            return mask
+
+    class BlockDiagonalCausalMask(BlockDiagonalMask):
+        is_causal = True
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
+        if not isinstance(attn_bias, BlockDiagonalMask):
+            if query.shape[1] == 1 != key.shape[1]:
+                return reference.pooled_attention(query[:, 0], torch.stack((key, value), 2), softmax_scale=scale)[
+                    :, None
+                ]
+            causal = isinstance(attn_bias, LowerTriangularMask)
+            return reference.attention(torch.stack((query, key, value), 2), causal=causal, softmax_scale=scale)
+        kv, cu_seqlens = torch.stack((key[0], value[0]), 1), cu_seqlens_of(tuple(attn_bias.kv))
+        if attn_bias.q != attn_bias.kv:
+            return reference.pooled_attention(query[0], kv, cu_seqlens, max(attn_bias.kv), softmax_scale=scale)[None]
+        qkv = torch.cat((query[0][:, None], kv), 1)
+        return reference.attention(qkv, cu_seqlens, 99, causal=attn_bias.is_causal, softmax_scale=scale)[None]
+
+    bias = types.SimpleNamespace(
+        LowerTriangularMask=LowerTriangularMask,
+        BlockDiagonalMask=BlockDiagonalMask,
+        BlockDiagonalCausalMask=BlockDiagonalCausalMask,
+    )
+    module.memory_efficient_attention, module.fmha = memory_efficient_attention, types.SimpleNamespace(attn_bias=bias)
+    package.ops = module
+    return package
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_libraries_are_called_with_their_own_arguments(monkeypatch, name: str, causal: bool) -> None:
+    """Neither has a CPU path: what is checked is what we ask of them."""
+    fake = {"flash_attn": fake_flash_attn, "xformers": fake_xformers}[name]()
+    monkeypatch.setitem(sys.modules, name, fake)
+    if name == "xformers":
+        monkeypatch.setitem(sys.modules, "xformers.ops", fake.ops)
+    library = {"flash_attn": flash_attn, "xformers": xformers}[name]
+    cu_seqlens, longest = cu_seqlens_of(LENGTHS), max(LENGTHS)
+    qkv, dense = torch.randn(sum(LENGTHS), 3, 2, 8), torch.randn(2, 5, 3, 2, 8)
+    q, kv = torch.randn(len(LENGTHS), 2, 8), qkv[:, 1:]
+    options = {"causal": causal, "softmax_scale": 0.3}
+    for arguments in ((qkv, cu_seqlens.long(), longest), (dense,)):
+        ours, truth = (module.attention(*arguments, **options) for module in (library, reference))
+        torch.testing.assert_close(ours, truth)
+    for arguments in ((q, kv, cu_seqlens.long(), longest), (q[:2], dense[:, :, 1:])):
+        ours, truth = (module.pooled_attention(*arguments, softmax_scale=0.3) for module in (library, reference))
+        torch.testing.assert_close(ours, truth)
+
+
+def test_says_why_an_implementation_is_not_taken(monkeypatch) -> None:
+    reasons = {v.impl: v.reason for v in explain("cpu", torch.float64, 50)}
+    assert reasons["sdpa"] == "first that can run"
+    assert "it takes float32 and bfloat16, not torch.float64" in reasons["cpu"]
+    with pytest.raises(ValueError, match="impl='flash_attn' cannot run: the package flash_attn is not installed"):
+        attention(torch.zeros(1, 4, 3, 1, 8).half(), impl="flash_attn")
+    monkeypatch.setattr(_dispatch, "has_package", lambda name: True)
+    half = {v.impl: v.reason for v in explain("cpu", torch.float16, 50, 264)}
+    assert half["flash_attn"] == "it takes heads of up to 256 dimensions, not 264"
+    assert half["triton"] == "it takes heads of up to 128 dimensions, not 264"
+    cuda = {v.impl: v.reason for v in explain("cuda", torch.float16, 50, 36)}
+    assert cuda["xformers"] == "it takes heads of a multiple of 8 dimensions, not 36"
+    assert cuda["flash_attn"] == "auto prefers sdpa here"
+    assert "CUDA devices only" in {v.impl: v.reason for v in explain("cpu", torch.float16, 50)}["xformers"]

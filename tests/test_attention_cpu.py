@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastclip.ops import _extension
 from fastclip.ops.attention import attention, explain, pooled_attention, reference
-from fastclip.testing import assert_within_budget, value_and_gradients
+from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason=f"compiled kernels: {_extension.load()}")
 
@@ -44,6 +44,31 @@ def test_packed_forward_and_backward(lengths: tuple[int, ...], head_dim: int, dt
         for x, impl in ((qkv.double(), "reference"), (qkv, "cpu"), (qkv, "reference"))
     )
     assert_within_budget((out,), (plain,), (truth,), norms((truth,), "out"), torch.finfo(dtype).eps)
+
+
+HEAD_DIMS = (64, 72, 80, 88, 104, 112, 128)
+
+
+def check_length(length: int, head_dim: int, causal: bool) -> None:
+    qkv, weight = torch.randn(1, length, 3, 1, head_dim), torch.randn(1, length, 1, head_dim)
+    exact, ours = (
+        value_and_gradients(lambda x, i=impl: (attention(x, causal=causal, impl=i) * weight).sum(), (qkv.to(dtype),))
+        for impl, dtype in (("reference", torch.float64), ("cpu", torch.float32))
+    )
+    assert relative_error(ours[1], exact[1]) < 2e-6, (length, head_dim, causal)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_lengths_and_head_dims(head_dim: int) -> None:
+    for length in (1, 2, 31, 64, 129, 192, 320):
+        check_length(length, head_dim, length % 2 == 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_length(head_dim: int) -> None:
+    for length in range(1, 601):
+        check_length(length, head_dim, length % 2 == 0)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65])
@@ -93,13 +118,15 @@ def test_bitwise_the_same_for_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_registration() -> None:
-    qkv, cu_seqlens = torch.randn(9, 3, 2, 16), bounds((4, 5))
-    torch.library.opcheck(torch.ops.fastclip.attention_fwd.default, (qkv, cu_seqlens, 5, True, 0.25))
-    torch.library.opcheck(torch.ops.fastclip.attention_bwd.default, (qkv[:, 0], qkv, cu_seqlens, 5, True, 0.25))
-    q, kv = torch.randn(2, 2, 16), torch.randn(9, 2, 2, 16)
-    torch.library.opcheck(torch.ops.fastclip.pooled_attention_fwd.default, (q, kv, cu_seqlens, 5, 0.25))
-    torch.library.opcheck(torch.ops.fastclip.pooled_attention_bwd.default, (q, q, kv, cu_seqlens, 5, 0.25))
+@pytest.mark.parametrize("packed", [False, True])
+def test_registration(packed: bool) -> None:
+    where = (bounds((4, 5)), 5) if packed else (None, 3)
+    qkv, q, kv = torch.randn(9, 3, 2, 16), torch.randn(2 if packed else 3, 2, 16), torch.randn(9, 2, 2, 16)
+    ops = torch.ops.fastclip
+    torch.library.opcheck(ops.attention_fwd.default, (qkv, *where, True, 0.25, "cpu"))
+    torch.library.opcheck(ops.attention_bwd.default, (qkv[:, 0], qkv, None, None, *where, True, 0.25, "cpu"))
+    torch.library.opcheck(ops.pooled_attention_fwd.default, (q, kv, *where, 0.25, "cpu"))
+    torch.library.opcheck(ops.pooled_attention_bwd.default, (q, q, kv, *where, 0.25, "cpu"))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -110,6 +137,31 @@ def test_compiles_into_one_graph() -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     ours, eager = (torch.autograd.grad(f(qkv), qkv)[0] for f in (compiled, loss))
     torch.testing.assert_close(ours, eager)
+
+
+def test_one_graph_serves_every_size() -> None:
+    graphs = 0
+
+    def count(module: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    def causal(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return attention(x, cu_seqlens, 9, causal=True)
+
+    compiled = torch.compile(causal, fullgraph=True, dynamic=True, backend=count)
+    for lengths in ((9, 4, 1, 1, 1), (7, 1, 2), (3, 3, 3, 3)):  # sizes that are equal at first are taken for one
+        qkv = torch.randn(sum(lengths), 3, 2, 16)
+        ours = compiled(qkv, bounds(lengths))
+        torch.testing.assert_close(ours, attention(qkv, bounds(lengths), 9, causal=True, impl="reference"))
+    assert graphs == 1
+
+
+def test_wrong_bounds_never_reach_the_kernel() -> None:
+    for cu_seqlens in (bounds((4, 6)), bounds((4, 4)), bounds((9,)), torch.tensor([0, 7, 2, 9]).int()):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 9 in steps of 0 to max_seqlen = 5"):
+            torch.ops.fastclip.attention_fwd(torch.randn(9, 3, 2, 16), cu_seqlens, 5, False, 0.25, "cpu")
 
 
 def test_says_why_it_cannot_run() -> None:

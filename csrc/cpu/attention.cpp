@@ -2,7 +2,8 @@
 //
 //   o_i = sum_j softmax_j(scale * q_i . k_j) v_j        within one sequence and one head
 //
-// qkv (T, 3, H, D) holds the tokens of all sequences one after another, cu_seqlens (B + 1) their limits. One thread
+// qkv (T, 3, H, D) holds the tokens of all sequences one after another, cu_seqlens (B + 1) their limits; without it all are
+// max_seqlen long. One thread
 // holds a whole (sequence, head) in its cache: q, k and v are widened to fp32 once, softmax needs no second pass, and
 // the backward recomputes the probabilities, so nothing but qkv is kept and dQ, dK, dV are summed in one fixed order
 // (bitwise the same for any number of threads). All sums are fp32.
@@ -11,6 +12,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -148,23 +150,48 @@ struct Tensors {
   }
 };
 
+// The limits of the sequences in `total` rows.
+class Sequences {
+ public:
+  Sequences(const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, int64_t total) : length_(max_seqlen) {
+    if (!cu_seqlens.has_value()) {
+      count_ = length_ > 0 ? total / length_ : 0;
+      return;
+    }
+    limits_ = cu_seqlens->contiguous();
+    cu_ = limits_.const_data_ptr<int32_t>();
+    count_ = limits_.numel() - 1;
+    bool fits = cu_[0] == 0 && cu_[count_] == total;
+    for (int64_t i = 0; i < count_; ++i) fits = fits && cu_[i] <= cu_[i + 1] && cu_[i + 1] - cu_[i] <= max_seqlen;
+    TORCH_CHECK_VALUE(fits, "cu_seqlens must rise from 0 to ", total, " in steps of 0 to max_seqlen = ", max_seqlen);
+  }
+  int64_t count() const { return count_; }
+  int64_t longest() const { return length_; }
+  int64_t start(int64_t i) const { return cu_ ? cu_[i] : i * length_; }
+  int64_t length(int64_t i) const { return cu_ ? cu_[i + 1] - cu_[i] : length_; }
+
+ private:
+  at::Tensor limits_;
+  const int32_t* cu_ = nullptr;
+  int64_t count_, length_;
+};
+
 // Calls head(sequence, start, length, head index, scratch) for every (sequence, head), in parallel.
 template <typename Call>
-void for_each_head(const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s, int64_t row_buffers, int64_t squares, const Call& call) {
-  const auto* cu = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t width = round_up(max_seqlen), floats = row_buffers * width * s.dim_pad + squares * width * width;
-  at::parallel_for(0, (cu_seqlens.numel() - 1) * s.heads, 1, [&](int64_t begin, int64_t end) {
+void for_each_head(const Sequences& sequences, const Shape& s, int64_t row_buffers, int64_t squares, const Call& call) {
+  const int64_t width = round_up(sequences.longest()), floats = row_buffers * width * s.dim_pad + squares * width * width;
+  at::parallel_for(0, sequences.count() * s.heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(floats);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t sequence = item / s.heads, start = cu[sequence], n = cu[sequence + 1] - start;
-      if (n > 0) call(sequence, start, n, item % s.heads, scratch.data());
+      const int64_t sequence = item / s.heads, n = sequences.length(sequence);
+      if (n > 0) call(sequence, sequences.start(sequence), n, item % s.heads, scratch.data());
     }
   });
 }
 
-void forward(const Tensors& x, const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s) {
+void forward(const Tensors& x, const Sequences& sequences, const Shape& s) {
   const bool half = x.kv.scalar_type() == at::kBFloat16;
-  for_each_head(cu_seqlens, max_seqlen, s, 4, 1, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
+  for_each_head(sequences, s, 4, 1, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
     if (half)
       dispatch(x.head<at::BFloat16>(sequence, start, n, h, s), scratch, s);
     else
@@ -172,9 +199,9 @@ void forward(const Tensors& x, const at::Tensor& cu_seqlens, int64_t max_seqlen,
   });
 }
 
-void backward(const Tensors& x, const Tensors& d, const at::Tensor& cu_seqlens, int64_t max_seqlen, const Shape& s) {
+void backward(const Tensors& x, const Tensors& d, const Sequences& sequences, const Shape& s) {
   const bool half = x.kv.scalar_type() == at::kBFloat16;
-  for_each_head(cu_seqlens, max_seqlen, s, 7, 2, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
+  for_each_head(sequences, s, 7, 2, [&](int64_t sequence, int64_t start, int64_t n, int64_t h, float* scratch) {
     if (half)
       dispatch(x.head<at::BFloat16>(sequence, start, n, h, s), d.head<at::BFloat16>(sequence, start, n, h, s), scratch, s);
     else
@@ -189,38 +216,39 @@ Shape shape_of(const at::Tensor& x, bool causal, double softmax_scale) {
 
 }  // namespace
 
-at::Tensor attention_fwd(const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal, double softmax_scale) {
-  const auto s = shape_of(qkv, causal, softmax_scale);
-  const auto x = qkv.contiguous();
-  auto out = at::empty({x.size(0), s.heads, s.dim}, x.options());
-  forward({{}, x, out, false}, cu_seqlens, max_seqlen, s);
-  return out;
-}
-
-at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const at::Tensor& cu_seqlens, int64_t max_seqlen, bool causal,
+at::Tensor attention_fwd(const at::Tensor& qkv, const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, bool causal,
                          double softmax_scale) {
   const auto s = shape_of(qkv, causal, softmax_scale);
   const auto x = qkv.contiguous();
+  auto out = at::empty({x.size(0), s.heads, s.dim}, x.options());
+  forward({{}, x, out, false}, Sequences(cu_seqlens, max_seqlen, x.size(0)), s);
+  return out;
+}
+
+at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen,
+                         bool causal, double softmax_scale) {
+  const auto s = shape_of(qkv, causal, softmax_scale);
+  const auto x = qkv.contiguous();
   auto d_qkv = at::empty_like(x);
-  backward({{}, x, d_out.contiguous(), false}, {{}, d_qkv, {}, false}, cu_seqlens, max_seqlen, s);
+  backward({{}, x, d_out.contiguous(), false}, {{}, d_qkv, {}, false}, Sequences(cu_seqlens, max_seqlen, x.size(0)), s);
   return d_qkv;
 }
 
-at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& cu_seqlens, int64_t max_seqlen,
+at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen,
                                 double softmax_scale) {
   const auto s = shape_of(kv, false, softmax_scale);
   const auto queries = q.contiguous(), keys = kv.contiguous();
   auto out = at::empty_like(queries);
-  forward({queries, keys, out, true}, cu_seqlens, max_seqlen, s);
+  forward({queries, keys, out, true}, Sequences(cu_seqlens, max_seqlen, keys.size(0)), s);
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> pooled_attention_bwd(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& kv,
-                                                        const at::Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale) {
+                                                        const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, double softmax_scale) {
   const auto s = shape_of(kv, false, softmax_scale);
   const auto queries = q.contiguous(), keys = kv.contiguous();
   auto d_q = at::empty_like(queries), d_kv = at::empty_like(keys);
-  backward({queries, keys, d_out.contiguous(), true}, {d_q, d_kv, {}, true}, cu_seqlens, max_seqlen, s);
+  backward({queries, keys, d_out.contiguous(), true}, {d_q, d_kv, {}, true}, Sequences(cu_seqlens, max_seqlen, keys.size(0)), s);
   return {d_q, d_kv};
 }
 

@@ -22,10 +22,12 @@ class PackedText:
 
     tokens: Tensor  # (T,) token ids
     cu_seqlens: Tensor  # (B + 1,) int32, starts at 0, ends at T
-    max_seqlen: int  # the longest caption
+    max_seqlen: int  # the longest caption, or what it may be
+    fillers: int = 0  # sequences behind the captions that fill a bucket
 
     def __len__(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        """Captions, without the fillers."""
+        return self.cu_seqlens.numel() - 1 - self.fillers
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedText:
         """The same captions on `device`."""
@@ -33,6 +35,7 @@ class PackedText:
             self.tokens.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
             self.max_seqlen,
+            self.fillers,
         )
 
     def positions(self) -> Tensor:
@@ -40,20 +43,42 @@ class PackedText:
         return offset_in_sequence(self.cu_seqlens, self.tokens.numel())
 
 
-def pack_text(ids: Tensor) -> PackedText:
-    """Cut each row behind its first largest id (CLIP's end-of-text) and lay the rows end to end.
+def caption_ends(ids: Tensor, eos_id: int | None = None) -> Tensor:
+    """Where each row of ids (B, L) ends: at its first `eos_id`, or at its first largest id (CLIP's end-of-text)."""
+    return (ids if eos_id is None else (ids == eos_id).int()).argmax(dim=1)
 
-    ids: (B, L) integer token ids, end-of-text the largest id, anything behind it.
-    A row without end-of-text is cut behind its largest id, where such a tower pools.
+
+def pack_text(ids: Tensor, *, eos_id: int | None = None, bucket: int = 0) -> PackedText:
+    """Cut each row behind its end-of-text (see `caption_ends`) and lay the rows end to end.
+
+    ids: (B, L) integer token ids, anything behind end-of-text.
+    eos_id: the id of end-of-text; None for the largest of each row. A row without it is cut where such a tower pools.
+    bucket: with a size, T is a multiple of it and `max_seqlen` is L, so that a few shapes serve all batches (compiled
+        graphs, CUDA graphs). Sequences of zeros fill it up, at least one token each; always the same number of them.
     Costs one device synchronisation on an accelerator; pack in the loader to avoid it.
     """
     if ids.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"ids must be integer token ids of shape (B, L), was {ids.dtype} {tuple(ids.shape)}")
-    lengths = ids.argmax(dim=1) + 1  # (B,)
-    kept = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    cu_seqlens = torch.zeros(ids.shape[0] + 1, dtype=torch.int32, device=ids.device)
+    if bucket < 0:
+        raise ValueError(f"bucket must be 0 (none) or a number of tokens, was {bucket}")
+    batch, width = ids.shape
+    lengths = caption_ends(ids, eos_id) + 1 if width else ids.new_zeros(batch)  # (B,)
+    kept = torch.arange(width, device=ids.device) < lengths[:, None]
+    tokens = ids[kept]
+    if not bucket:
+        return PackedText(tokens, _bounds(lengths), int(lengths.max()) if lengths.numel() else 0)
+    fillers = max(1, -(-(bucket - 1) // max(1, width - 1)))  # as many as the largest gap takes
+    gap = -(tokens.numel() + fillers) % bucket + fillers
+    filled = torch.full((fillers,), gap // fillers, device=ids.device)
+    filled[: gap % fillers] += 1
+    zeros = tokens.new_zeros(gap)
+    return PackedText(torch.cat((tokens, zeros)), _bounds(torch.cat((lengths, filled))), width, fillers)
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
-    return PackedText(ids[kept], cu_seqlens, int(lengths.max()) if lengths.numel() else 0)
+    return cu_seqlens
 
 
 def offset_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -1,16 +1,23 @@
 """Attention through `torch.nn.functional.scaled_dot_product_attention`.
 
 The packed form is padded to the longest sequence and back. Under a causal mask the padding lies behind every real
-query and needs no mask of its own; otherwise the padded keys are masked.
+query and needs no mask of its own; otherwise the padded keys are masked. A mask is never given to cuDNN, whose backward
+makes NaN of one where N % 128 == 64 and a row's lse is below -88.7 (pytorch#196678).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastclip.ops.attention.packing import gather_rows, padded_rows, scatter_rows
+
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -48,12 +55,19 @@ def pooled_attention(
         kv = scatter_rows(kv, rows, q.shape[0] * max_seqlen).unflatten(0, (q.shape[0], max_seqlen))
         mask = _key_mask(cu_seqlens, max_seqlen)
     k, v = kv.transpose(1, 3).unbind(2)  # each (B, H, N, D)
-    return scaled_dot_product_attention(q[:, :, None], k, v, mask, scale=softmax_scale)[:, :, 0]
+    with _backends(mask, q.device):
+        return scaled_dot_product_attention(q[:, :, None], k, v, mask, scale=softmax_scale)[:, :, 0]
 
 
 def _dense(qkv: Tensor, mask: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, N, D), views
-    return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+    with _backends(mask, qkv.device):
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+def _backends(mask: Tensor | None, device: torch.device) -> AbstractContextManager[Any]:
+    """The backends that may run: with a mask on CUDA, all but cuDNN."""
+    return sdpa_kernel(NOT_CUDNN) if mask is not None and device.type == "cuda" else nullcontext()
 
 
 def _key_mask(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
