@@ -151,7 +151,7 @@ def test_one_graph_serves_every_size() -> None:
         return attention(x, cu_seqlens, 9, causal=True)
 
     compiled = torch.compile(causal, fullgraph=True, dynamic=True, backend=count)
-    for lengths in ((9, 4, 1, 1, 1), (7, 1, 2), (3, 3, 3, 3)):  # sizes that are equal at first are taken for one
+    for lengths in ((9, 4, 1, 1, 2), (7, 1, 2), (3, 3, 3, 3)):  # sizes that are equal at first are taken for one
         qkv = torch.randn(sum(lengths), 3, 2, 16)
         ours = compiled(qkv, bounds(lengths))
         torch.testing.assert_close(ours, attention(qkv, bounds(lengths), 9, causal=True, impl="reference"))
