@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def write_samples(directory: Path, count: int, shards: int = 3, **broken: Any) -
         numbers = range(shard, count, shards)
         write_shard(directory / f"train-{shard:05d}.tar", [sample(n, **broken.get(f"s{n}", {})) for n in numbers])
     return directory
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+    """One more member, of any kind."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def small_tokenizer(directory: Path, context_length: int = 16) -> Tokenizer:

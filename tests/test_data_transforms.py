@@ -43,7 +43,7 @@ def test_what_is_no_image_is_a_value_error(data: bytes) -> None:
 
 
 def test_a_header_that_promises_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastclip.data.transforms.MAX_PIXELS", 63)
+    monkeypatch.setattr("fastclip.data.decode.MAX_PIXELS", 63)
     with pytest.raises(ValueError, match="8 x 8 is more than 63 pixels"):
         decode_image(image_file(1))
 

@@ -28,12 +28,12 @@ class Stream:
     """A stream of random numbers that belongs to `names`, for example `Stream(seed, epoch, key)`."""
 
     def __init__(self, *names: int | str) -> None:
-        self._state = hash64(*names)
+        self.state = hash64(*names)
 
     def bits(self) -> int:
         """The next 64 bits."""
-        self._state = (self._state + _GAMMA) & _MASK
-        z = self._state
+        self.state = (self.state + _GAMMA) & _MASK
+        z = self.state
         z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
         z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
         return z ^ (z >> 31)
@@ -58,7 +58,17 @@ class Stream:
 
 def permutation(n: int, *names: int | str) -> np.ndarray:
     """The random order of `range(n)` that belongs to `names`: int64 (n,), SplitMix64 keys sorted."""
-    z = np.uint64(hash64(*names)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+    return np.argsort(_mixed(np.arange(n), *names), kind="stable")
+
+
+def uniforms(places: np.ndarray, *names: int | str) -> np.ndarray:
+    """Numbers `places` of the uniform float64 in [0, 1) that belong to `names`."""
+    return (_mixed(places, *names) >> np.uint64(11)) * 2.0**-53
+
+
+def _mixed(places: np.ndarray, *names: int | str) -> np.ndarray:
+    """Numbers `places` (0, 1, ...) of the stream of `names`, in the order of `Stream.bits`: uint64."""
+    z = np.uint64(hash64(*names)) + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    return z ^ (z >> np.uint64(31))
