@@ -35,14 +35,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 	@echo "Installing into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja triton
-	@$(PIP) --no-build-isolation -e '.[train,eval,dev,docs]'
+	@$(PIP) --no-build-isolation -e '.[train,eval,data,dev,docs]'
 	@touch $@
 
 # What tests compare with and drop in to. Some ask for a torchvision, and no build of that belongs to the pinned torch: see
 # tests/peers.py.
 $(PEERS): $(STAMP)
 	@$(PIP) --no-deps torchvision timm open_clip_torch clip_benchmark
-	@$(PIP) ftfy regex huggingface_hub transformers sentence-transformers accelerate lightning
+	@$(PIP) ftfy regex huggingface_hub transformers sentence-transformers accelerate lightning webdataset pandas
 	@touch $@
 
 build: $(STAMP)
