@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fastclip._version import __version__
 
 if TYPE_CHECKING:
-    from fastclip.data import get_tokenizer
     from fastclip.grad_cache import GradCache
-    from fastclip.interop.open_clip import create_model_and_transforms
+    from fastclip.interop.open_clip import create_model_and_transforms, get_tokenizer
     from fastclip.losses import (
         ClipLoss,
         CoCaLoss,
@@ -37,7 +36,7 @@ _ROOMS = {
     "contrastive_loss": "losses",
     "create_model": "models",
     "create_model_and_transforms": "interop.open_clip",
-    "get_tokenizer": "data",
+    "get_tokenizer": "interop.open_clip",
     "load_checkpoint": "models",
     "sigmoid_loss": "losses",
 }

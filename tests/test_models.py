@@ -10,37 +10,14 @@ import torch
 from models_helpers import RESNET, VIT, assert_same, captions, gradients, images, perturbed
 from torch import Tensor
 
-from fastclip.models import CLIP, PRESETS, CLIPConfig, TextConfig, VisionConfig, create_model, get_config
-from fastclip.models.transformer import QuickGELU, Transformer
+from fastclip.models import CLIP, CLIPConfig, TextConfig, VisionConfig, create_model
+from fastclip.models.transformer import Transformer
 from fastclip.models.vision import PatchEmbed
 from fastclip.ops.attention import pack_text
 
-PARAMETERS = {"RN50": 102_007_137, "ViT-B-32": 151_277_313, "ViT-B-16": 149_620_737, "ViT-L-14": 427_616_513}
 STEM = replace(VIT, vision=replace(VIT.vision, conv_stem=(8, 16)))
 AVERAGE = replace(VIT, vision=replace(VIT.vision, pool_type="avg"))
 TOWERS = {"vit": VIT, "stem": STEM, "average": AVERAGE, "resnet": RESNET}
-
-
-@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_published_models_have_their_published_size(name: str, parameters: int) -> None:
-    with torch.device("meta"):
-        model = CLIP(get_config(name))
-    assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_configs_survive_their_json(name: str) -> None:
-    config = get_config(name)
-    assert CLIPConfig.from_dict(config.to_dict()) == config
-    assert CLIPConfig.from_dict(config.to_dict()["model_cfg"]) == config
-    assert get_config(f"{name}-quickgelu") == replace(config, quick_gelu=True)
-
-
-def test_configs_write_what_open_clip_does_not_know_only_when_used() -> None:
-    assert "conv_stem" not in VIT.to_dict()["model_cfg"]["vision_cfg"]
-    assert STEM.to_dict()["model_cfg"]["vision_cfg"]["conv_stem"] == [8, 16]
-    other = replace(VIT, image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.25, 0.25))
-    assert CLIPConfig.from_dict(other.to_dict()) == other
 
 
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
@@ -115,11 +92,6 @@ def test_patch_product_is_a_convolution_in_both_layouts() -> None:
     torch.testing.assert_close(patches(image.contiguous(memory_format=torch.channels_last)), expected)
 
 
-def test_quick_gelu_is_x_times_sigmoid() -> None:
-    x = torch.linspace(-8, 8, 101, dtype=torch.float64)
-    torch.testing.assert_close(QuickGELU()(x), x * torch.sigmoid(1.702 * x))
-
-
 def test_stem_divides_the_patch() -> None:
     tower = CLIP(STEM).visual
     assert tower.conv1.weight.shape == (32, 16, 2, 2)
@@ -144,17 +116,20 @@ def test_patch_dropout_keeps_a_share_in_training_alone() -> None:
     config = replace(VIT, vision=replace(VIT.vision, patch_dropout=0.5))
     tower = CLIP(config).visual
     seen: list[Tensor] = []
+    products: list[Tensor] = []
+    tower.conv1.register_forward_hook(lambda module, args, out: products.append(out))
     tower.ln_pre.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     image = images(config, 2)
     dropped = tower(image)
     tower.eval()
     torch.testing.assert_close(tower(image), tower(image))
     short, full = seen[0], seen[1]
+    assert [product.shape[1] for product in products] == [4, 9, 9]  # what is dropped is not multiplied
     assert short.shape == (2, 1 + 4, 32)  # of 9 patches
     assert full.shape == (2, 1 + 9, 32)
     assert torch.equal(short[:, 0], full[:, 0])
     for kept, patches in zip(short[:, 1:], full[:, 1:], strict=True):
-        matches = (kept[:, None] == patches[None]).all(-1)
+        matches = (kept[:, None] - patches[None]).abs().amax(-1) < 1e-5
         assert matches.sum(1).eq(1).all()  # each kept token is one of the patches,
         assert matches.sum(0).max() == 1  # and none is kept twice
     assert not torch.equal(dropped, tower(image))
@@ -239,7 +214,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
     ("call", "message"),
     [
         (lambda: create_model("VIT-B16"), "unknown model 'VIT-B16'; did you mean 'ViT-B-16'?"),
-        (lambda: create_model("bert"), "unknown model 'bert'; known are RN50, ViT-B-16"),
+        (lambda: create_model("bert"), "unknown model 'bert'; known are RN101, RN50, RN50x16"),
         (
             lambda: CLIPConfig.from_dict({"embed_dims": 3}),
             "unknown key 'embed_dims' in model_cfg; did you mean 'embed_dim'",

@@ -101,6 +101,7 @@ def test_a_lone_file_needs_the_name_of_its_model(tmp_path: Path, suffix: str) ->
         assert torch.equal(loaded.encode_text(text), model.encode_text(text))
 
 
+@pytest.mark.filterwarnings("ignore:.*looks trained with QuickGELU")  # OpenAI's marks, in a model of GELU
 def test_checkpoints_of_openai_ddp_compile_and_custom_text_are_recognised(tmp_path: Path) -> None:
     model = CLIP(VIT)
     state = model.state_dict()

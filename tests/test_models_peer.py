@@ -1,4 +1,4 @@
-"""Our towers against open_clip's with the same random weights: features, gradients, files."""
+"""Our towers against open_clip's and transformers' with the same random weights: features, gradients, files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models_helpers import RESNET, VIT, assert_same, captions, gradients, images, open_clip_model, perturbed
+from models_helpers import (
+    BIDIRECTIONAL,
+    CLIPA,
+    EOS,
+    RESNET,
+    SIGLIP,
+    VIT,
+    assert_same,
+    captions,
+    gradients,
+    hf_model,
+    images,
+    open_clip_model,
+    perturbed,
+)
 from peers import open_clip_module
 
 from fastclip.models import CLIP, CLIPConfig, create_model, load_checkpoint, save_model
+from fastclip.models.layouts import from_native, to_native
 
 pytestmark = pytest.mark.peer
 
@@ -18,6 +33,18 @@ CONFIGS = {
     "vit-quickgelu": replace(VIT, quick_gelu=True),
     "vit-avg": replace(VIT, vision=replace(VIT.vision, pool_type="avg", mlp_ratio=3.3)),
     "resnet": RESNET,
+    "eos": EOS,
+    "clipa": CLIPA,
+    "bidirectional": BIDIRECTIONAL,
+    "siglip": SIGLIP,
+}
+
+
+HF_CONFIGS = {
+    "clip": VIT,
+    "clip-quickgelu": replace(VIT, quick_gelu=True, vision=replace(VIT.vision, mlp_ratio=3.3)),
+    "clip-eos": EOS,
+    "siglip": SIGLIP,
 }
 
 
@@ -26,17 +53,34 @@ CONFIGS = {
 def test_features_and_gradients_are_open_clips(config: CLIPConfig, packed: bool) -> None:
     theirs = perturbed(open_clip_model(config))
     ours = CLIP(config, packed_text=packed)
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(to_native(theirs.state_dict(), config))
     image, text = images(config), captions(config)
     features, expected = ours(image, text), theirs(image, text)
-    for name, y, x in zip(("image", "text", "scale"), features, expected, strict=True):
+    assert len(features) == len(expected)
+    for name, y, x in zip(("image", "text", "scale", "bias"), features, expected, strict=False):
         assert (y - x).norm() / x.norm() <= 1e-5, name
-    assert_same(gradients(ours, features), gradients(theirs, expected), 1e-5)
+    assert_same(gradients(ours, features), to_native(gradients(theirs, expected), config), 1e-5)
+
+
+@pytest.mark.parametrize("config", HF_CONFIGS.values(), ids=HF_CONFIGS)
+def test_features_and_gradients_are_transformers(config: CLIPConfig) -> None:
+    theirs = perturbed(hf_model(config))
+    ours = CLIP(config)
+    ours.load_state_dict(to_native(theirs.state_dict(), config))
+    image, text = images(config), captions(config)
+    out = theirs(input_ids=text, pixel_values=image)
+    expected = (out.image_embeds, out.text_embeds, theirs.logit_scale.exp().squeeze())
+    if config.init_logit_bias is not None:
+        expected += (theirs.logit_bias.squeeze(),)
+    features = ours(image, text)
+    for name, y, x in zip(("image", "text", "scale", "bias"), features, expected, strict=False):
+        assert (y - x).norm() / x.norm() <= 1e-5, name
+    assert_same(gradients(ours, features), to_native(gradients(theirs, expected), config), 1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_state_dicts_have_the_same_names_and_shapes(config: CLIPConfig) -> None:
-    theirs, ours = open_clip_model(config).state_dict(), CLIP(config).state_dict()
+    theirs, ours = open_clip_model(config).state_dict(), from_native(CLIP(config).state_dict(), config)
     assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in theirs.items()}
 
 

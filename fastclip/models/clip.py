@@ -8,30 +8,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastclip.models.config import CLIPConfig
+from fastclip.models.config import CLIPConfig, check_choice
 from fastclip.models.resnet import ModifiedResNet
 from fastclip.models.text import TextTower
 from fastclip.models.vision import VisionTransformer
 from fastclip.ops.attention.packing import PackedText
 
 MAX_LOGIT_SCALE = 100.0
+_SCALARS = ("logit_scale", "logit_bias")
+_OWN = (
+    "the {} tower of this config is the module {}, which only its code can build: make the model with "
+    "fastclip.models.wrap, then fastclip.models.load_weights"
+)
 
 
 class CLIP(TextTower):
     """The whole model. State-dict names and shapes are those of OpenAI's CLIP and of open_clip's `CLIP` class.
 
-    `logit_scale` holds a logarithm. The parameter has shape (1,), since DeepSpeed cannot partition one of no
-    dimension, and is written and read as a 0-dim entry of the state dict.
+    `logit_scale` holds a logarithm; `logit_bias` is there where the config has an `init_logit_bias`. Both parameters
+    have shape (1,), since DeepSpeed cannot partition one of no dimension, and are written and read as 0-dim entries of
+    the state dict.
     Under ZeRO-3 call the model itself, not its methods: only `forward` gathers the parameters.
+
+    Args:
+        packed_text: encode captions at their true length where that is exact (`config.text.why_not_packed`).
+        visual: an image tower of one's own, (B, 3, S, S) -> (B, embed_dim); see `fastclip.models.wrapped`.
+        text: a text tower of one's own, (B, L) token ids -> (B, embed_dim); it is the submodule `text`.
     """
 
-    def __init__(self, config: CLIPConfig, packed_text: bool = True) -> None:
-        super().__init__(config.text, config.embed_dim, config.quick_gelu)
+    def __init__(
+        self,
+        config: CLIPConfig,
+        packed_text: bool = True,
+        *,
+        visual: nn.Module | None = None,
+        text: nn.Module | None = None,
+    ) -> None:
+        text = text or _wrapped_text(config)
+        if text is None:
+            super().__init__(config.text, config.embed_dim, config.act(config.text))
+        else:
+            nn.Module.__init__(self)
+            self.text = text
+            self.context_length, self.vocab_size = config.text.context_length, config.text.vocab_size
         self.config = config
         self.packed_text = packed_text
-        tower = ModifiedResNet if config.vision.is_resnet else VisionTransformer
-        self.visual: nn.Module = tower(config.vision, config.embed_dim, config.quick_gelu)
+        self.visual = visual or _image_tower(config)
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.full((1,), float(config.init_logit_bias)))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Normalised images (B, 3, S, S), any float dtype -> (B, embed_dim), of unit length with `normalize`."""
@@ -46,41 +71,92 @@ class CLIP(TextTower):
 
     def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
         """Token ids (B, L), zeros behind end-of-text, or packed captions -> (B, embed_dim)."""
-        features = self.text_features(text, self.packed_text)
+        if not self.config.text.is_wrapped:
+            features = self.text_features(text, self.packed_text)
+        elif isinstance(text, PackedText):
+            raise ValueError(f"text must be padded ids (B, L), was packed: {self.config.text.why_not_packed}")
+        else:
+            features = self.text(text)
         return unit_length(features) if normalize else features
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | PackedText | None = None, output_dict: bool = False
-    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Tensor]:
-        """(image_features, text_features, logit_scale), features of unit length, as open_clip returns them.
+    ) -> tuple[Tensor | None, ...] | dict[str, Tensor]:
+        """(image_features, text_features, logit_scale), features of unit length, and logit_bias where there is one.
 
-        The scale is exponentiated, at most 100 (its gradient is zero above), 0-dim and at least fp32. The features of
-        an absent input are None; with `output_dict` their key is left out.
+        As open_clip returns them. The scale is exponentiated, at most 100 (its gradient is zero above); scale and bias
+        are 0-dim and at least fp32. The features of an absent input are None; with `output_dict` their key is left out.
         """
         image_features = None if image is None else self.encode_image(image, normalize=True)
         text_features = None if text is None else self.encode_text(text, normalize=True)
         logit_scale = _at_least_fp32(self.logit_scale).exp().clamp(max=MAX_LOGIT_SCALE).squeeze(0)
-        if not output_dict:
-            return image_features, text_features, logit_scale
         outputs = {"image_features": image_features, "text_features": text_features, "logit_scale": logit_scale}
+        if self.config.init_logit_bias is not None:
+            outputs["logit_bias"] = _at_least_fp32(self.logit_bias).squeeze(0)
+        if not output_dict:
+            return tuple(outputs.values())
         return {name: value for name, value in outputs.items() if value is not None}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in backward instead of keeping them, block by block; open_clip's call."""
+        self.set_recompute("full" if enable else "none")
+
+    def set_recompute(self, mode: str) -> None:
+        """What backward recomputes instead of keeping it, in both towers: "none", or "full" (every block).
+
+        A wrapped tower is asked through its own `set_grad_checkpointing`. Raises ValueError where a tower cannot.
+        """
+        check_choice("mode", mode, ("none", "full"))
+        towers: list[Any] = [self.visual.transformer if isinstance(self.visual, VisionTransformer) else self.visual]
+        towers.append(self.text if self.config.text.is_wrapped else self.transformer)
+        for tower in towers:
+            if hasattr(tower, "recompute"):
+                tower.recompute = mode
+            elif hasattr(tower, "set_grad_checkpointing"):
+                tower.set_grad_checkpointing(mode == "full")
+            elif mode != "none":
+                raise ValueError(f"mode must be none: {type(tower).__name__} cannot recompute its activations")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        scale = destination[prefix + "logit_scale"]
-        if scale.numel() == 1:  # ZeRO-3 leaves an empty placeholder
-            destination[prefix + "logit_scale"] = scale.squeeze()
+        for name in _SCALARS:
+            value = destination.get(prefix + name)
+            if value is not None and value.numel() == 1:  # ZeRO-3 leaves an empty placeholder
+                destination[prefix + name] = value.squeeze()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        scale = state_dict.get(prefix + "logit_scale")
-        if scale is not None and scale.dim() == 0:
-            state_dict[prefix + "logit_scale"] = scale[None]
+        for name in _SCALARS:
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dim() == 0:
+                state_dict[prefix + name] = value[None]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def unit_length(features: Tensor) -> Tensor:
     """x / |x| along the last dimension, computed in fp32 or better and returned in the dtype of x."""
     return F.normalize(_at_least_fp32(features), dim=-1).to(features.dtype)
+
+
+def _image_tower(config: CLIPConfig) -> nn.Module:
+    if config.vision.timm_model_name:
+        from fastclip.models.wrapped import TimmTower
+
+        return TimmTower(config.vision, config.embed_dim)
+    if config.vision.module:
+        raise ValueError(_OWN.format("image", config.vision.module))
+    if config.vision.is_resnet:
+        return ModifiedResNet(config.vision, config.embed_dim)
+    return VisionTransformer(config.vision, config.embed_dim, config.act(config.vision))
+
+
+def _wrapped_text(config: CLIPConfig) -> nn.Module | None:
+    if config.text.hf_model_name:
+        from fastclip.models.wrapped import HFTextTower
+
+        return HFTextTower(config.text, config.embed_dim)
+    if config.text.module:
+        raise ValueError(_OWN.format("text", config.text.module))
+    return None
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

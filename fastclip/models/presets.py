@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from fastclip.models.config import CLIPConfig, TextConfig, VisionConfig, nearest
+from fastclip.models.config_json import siglip_vision
 
 _QUICK_GELU = "-quickgelu"
+_SIGLIP_HALF = (0.5, 0.5, 0.5)
 
 
 def debug() -> CLIPConfig:
@@ -24,38 +28,151 @@ def demo() -> CLIPConfig:
     return CLIPConfig(embed_dim=256, vision=vision, text=text)
 
 
-def rn50() -> CLIPConfig:
-    """ModifiedResNet-50, 102.0 M parameters (Radford et al. 2021)."""
-    return CLIPConfig(embed_dim=1024, vision=VisionConfig(layers=(3, 4, 6, 3), width=64))
+def _text(width: int, layers: int = 12) -> TextConfig:
+    return TextConfig(width=width, heads=width // 64, layers=layers)
 
 
-def vit_b_32() -> CLIPConfig:
-    """151.3 M parameters, 50 image tokens (Radford et al. 2021)."""
-    return CLIPConfig(vision=VisionConfig(patch_size=32))
+def _resnet(embed_dim: int, image: int, layers: tuple[int, ...], width: int, text: int) -> CLIPConfig:
+    """A ModifiedResNet (Radford et al. 2021)."""
+    return CLIPConfig(embed_dim, VisionConfig(image_size=image, layers=layers, width=width), _text(text))
 
 
-def vit_b_16() -> CLIPConfig:
-    """149.6 M parameters, 197 image tokens (Radford et al. 2021)."""
-    return CLIPConfig(vision=VisionConfig(patch_size=16))
+def _vit(
+    embed_dim: int,
+    width: int,
+    layers: int,
+    patch: int,
+    image: int = 224,
+    *,
+    head: int = 64,
+    mlp: float = 4.0,
+    text: tuple[int, int] = (512, 12),
+    scale: float | None = None,
+) -> CLIPConfig:
+    """A Vision Transformer and a causal text Transformer of width and depth `text`."""
+    vision = VisionConfig(
+        image_size=image, layers=layers, width=width, head_width=head, mlp_ratio=mlp, patch_size=patch,
+        ls_init_value=scale,
+    )  # fmt: skip
+    return CLIPConfig(embed_dim, vision, _text(*text))
 
 
-def vit_l_14() -> CLIPConfig:
-    """427.6 M parameters, 257 image tokens (Radford et al. 2021)."""
-    return CLIPConfig(
-        embed_dim=768,
-        vision=VisionConfig(patch_size=14, layers=24, width=1024),
-        text=TextConfig(width=768, heads=12),
+def _clipa(base: str, image: int = 224) -> CLIPConfig:
+    """The same without ln_pre and causal mask, with average pooling and 32 BERT tokens (Li et al. 2023)."""
+    config = PRESETS[base]()
+    vision = replace(config.vision, image_size=image, no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+    text = replace(
+        config.text, context_length=32, vocab_size=32000, pool_type="last", no_causal_mask=True,
+        hf_tokenizer_name="bert-base-uncased", tokenizer_kwargs={"strip_sep_token": True},
+    )  # fmt: skip
+    return replace(config, vision=vision, text=text)
+
+
+def _siglip(
+    timm: str, tokenizer: str, *, vocab: int = 32000, context: int = 64, text: int = 0, tanh: bool = False
+) -> CLIPConfig:
+    """SigLIP (Zhai et al. 2023): one learned query pools the image, a bidirectional text tower its last token.
+
+    text: the text tower's width where it is not the image tower's.
+    """
+    vision = siglip_vision(timm)
+    width, heads, layers, mlp = (
+        (1152, 16, 27, 3.7362)
+        if 1152 in (vision.width, text)
+        else (vision.width, vision.width // 64, vision.layers, 4.0)
     )
+    assert isinstance(layers, int)
+    config = TextConfig(
+        context_length=context, vocab_size=vocab, width=width, heads=heads, layers=layers, mlp_ratio=mlp,
+        pool_type="last", no_causal_mask=True, proj_bias=True, norm_eps=1e-6, gelu_tanh=tanh,
+        hf_tokenizer_name=f"timm/{tokenizer}", tokenizer_kwargs={"clean": "canonicalize"},
+    )  # fmt: skip
+    return CLIPConfig(
+        vision.width, vision, config, custom_text=True, init_logit_scale=math.log(10), init_logit_bias=-10.0,
+        image_mean=_SIGLIP_HALF, image_std=_SIGLIP_HALF, resize_mode="squash",
+    )  # fmt: skip
 
+
+_vit_h = partial(_vit, 1024, 1280, 32, head=80, text=(1024, 24))
 
 PRESETS: dict[str, Callable[[], CLIPConfig]] = {
     "debug": debug,
     "demo": demo,
-    "RN50": rn50,
-    "ViT-B-32": vit_b_32,
-    "ViT-B-16": vit_b_16,
-    "ViT-L-14": vit_l_14,
+    "RN50": partial(_resnet, 1024, 224, (3, 4, 6, 3), 64, 512),
+    "RN101": partial(_resnet, 512, 224, (3, 4, 23, 3), 64, 512),
+    "RN50x4": partial(_resnet, 640, 288, (4, 6, 10, 6), 80, 640),
+    "RN50x16": partial(_resnet, 768, 384, (6, 8, 18, 8), 96, 768),
+    "RN50x64": partial(_resnet, 1024, 448, (3, 15, 36, 10), 128, 1024),
+    "ViT-S-32": partial(_vit, 384, 384, 12, 32, text=(384, 12)),
+    "ViT-S-32-alt": partial(_vit, 256, 384, 12, 32, text=(256, 10)),
+    "ViT-S-16": partial(_vit, 384, 384, 12, 16, text=(384, 12)),
+    "ViT-S-16-alt": partial(_vit, 256, 384, 12, 16, text=(256, 10)),
+    "ViT-M-32": partial(_vit, 512, 512, 12, 32),
+    "ViT-M-32-alt": partial(_vit, 384, 512, 12, 32, text=(384, 12)),
+    "ViT-M-16": partial(_vit, 512, 512, 12, 16),
+    "ViT-M-16-alt": partial(_vit, 384, 512, 12, 16, text=(384, 12), scale=1e-4),
+    "ViT-B-32": partial(_vit, 512, 768, 12, 32),
+    "ViT-B-32-256": partial(_vit, 512, 768, 12, 32, 256),
+    "ViT-B-32-plus-256": partial(_vit, 640, 896, 12, 32, 256, text=(640, 12)),
+    "ViT-B-16": partial(_vit, 512, 768, 12, 16),
+    "ViT-B-16-plus": partial(_vit, 640, 896, 12, 16, text=(640, 12)),
+    "ViT-B-16-plus-240": partial(_vit, 640, 896, 12, 16, 240, text=(640, 12)),
+    "ViT-L-16": partial(_vit, 768, 1024, 24, 16, text=(768, 12)),
+    "ViT-L-16-320": partial(_vit, 768, 1024, 24, 16, 320, text=(768, 12)),
+    "ViT-L-14": partial(_vit, 768, 1024, 24, 14, text=(768, 12)),
+    "ViT-L-14-280": partial(_vit, 768, 1024, 24, 14, 280, text=(768, 12)),
+    "ViT-L-14-336": partial(_vit, 768, 1024, 24, 14, 336, text=(768, 12)),
+    "ViT-H-16": partial(_vit_h, patch=16),
+    "ViT-H-14": partial(_vit_h, patch=14),
+    "ViT-H-14-378": partial(_vit_h, patch=14, image=378),
+    "ViT-g-14": partial(_vit, 1024, 1408, 40, 14, head=88, mlp=4.3637, text=(1024, 24)),
+    "ViT-bigG-14": partial(_vit, 1280, 1664, 48, 14, head=104, mlp=4.9231, text=(1280, 32)),
+    "ViT-e-14": partial(_vit, 1280, 1792, 56, 14, head=112, mlp=8.5715, text=(1280, 36)),
+    "ViT-L-14-CLIPA": partial(_clipa, "ViT-L-14"),
+    "ViT-L-14-CLIPA-336": partial(_clipa, "ViT-L-14", 336),
+    "ViT-H-14-CLIPA": partial(_clipa, "ViT-H-14"),
+    "ViT-H-14-CLIPA-336": partial(_clipa, "ViT-H-14", 336),
+    "ViT-bigG-14-CLIPA": partial(_clipa, "ViT-bigG-14"),
+    "ViT-bigG-14-CLIPA-336": partial(_clipa, "ViT-bigG-14", 336),
 }
+
+_SIGLIP_MODELS = {  # name -> what timm calls the image tower
+    "ViT-B-16": ("base_patch16", (224, 256, 384, 512)),
+    "ViT-L-16": ("large_patch16", (256, 384)),
+    "ViT-SO400M-14": ("so400m_patch14", (224, 378, 384)),
+}
+_SIGLIP2_MODELS = {
+    "ViT-B-32": ("base_patch32", (256,)),
+    "ViT-B-16": ("base_patch16", (224, 256, 384, 512)),
+    "ViT-L-16": ("large_patch16", (256, 384, 512)),
+    "ViT-SO400M-14": ("so400m_patch14", (224, 378)),
+    "ViT-SO400M-16": ("so400m_patch16", (256, 384, 512)),
+    "ViT-gopt-16": ("giantopt_patch16", (256, 384)),
+}
+
+
+def _register_siglip() -> None:
+    for base, (tower, sizes) in _SIGLIP_MODELS.items():
+        for size in sizes:
+            name = f"{base}-SigLIP" + ("" if size == 224 else f"-{size}")
+            context = 16 if name == "ViT-SO400M-14-SigLIP" else 64
+            PRESETS[name] = partial(_siglip, f"vit_{tower}_siglip_{size}", "ViT-B-16-SigLIP", context=context)
+    PRESETS["ViT-B-16-SigLIP-i18n-256"] = partial(
+        _siglip, "vit_base_patch16_siglip_256", "ViT-B-16-SigLIP-i18n-256", vocab=250000
+    )
+    for base, (tower, sizes) in _SIGLIP2_MODELS.items():
+        for size in sizes:
+            name = f"{base}-SigLIP2" + ("" if size == 224 else f"-{size}")
+            text = 1152 if "gopt" in name else 0
+            PRESETS[name] = partial(_siglip, f"vit_{tower}_siglip_{size}", name, vocab=256000, text=text, tanh=True)
+
+
+_register_siglip()
+
+
+def is_named(name: str) -> bool:
+    """Whether there is a config called `name`."""
+    return name.removesuffix(_QUICK_GELU) in PRESETS
 
 
 def get_config(name: str) -> CLIPConfig:
@@ -64,6 +181,6 @@ def get_config(name: str) -> CLIPConfig:
     Raises ValueError naming the nearest model when there is none of that name.
     """
     base = name.removesuffix(_QUICK_GELU)
-    if base not in PRESETS:
+    if not is_named(name):
         raise ValueError(f"unknown model {name!r}{nearest(base, PRESETS)}")
     return replace(PRESETS[base](), quick_gelu=base != name)

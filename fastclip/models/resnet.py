@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastclip.models.config import VisionConfig
 from fastclip.ops.attention import pooled_attention
@@ -71,12 +74,17 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images to features. Names and initialisation are OpenAI's (biases of the attention pool keep PyTorch's)."""
+    """Images to features. Names and initialisation are OpenAI's (biases of the attention pool keep PyTorch's).
 
-    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+    recompute: "none", or "full": backward keeps the input of each bottleneck and runs it again; its batch norms then
+        leave their running statistics alone.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         assert isinstance(config.layers, tuple)
         width = config.width
+        self.recompute = "none"
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -89,17 +97,37 @@ class ModifiedResNet(nn.Module):
         self.layer3 = _stage(width * 8, width * 4, config.layers[2], stride=2)
         self.layer4 = _stage(width * 16, width * 8, config.layers[3], stride=2)
         channels = width * 8 * EXPANSION
-        self.attnpool = AttentionPool(
-            (config.image_size // 32) ** 2, channels, channels // config.head_width, embed_dim
-        )
+        self.attnpool = AttentionPool(config.grid**2, channels, channels // config.head_width, embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
         x = F.relu(self.bn1(self.conv1(image)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.avgpool(x)))))
+        x = self.avgpool(x)
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = _checkpointed(block, x) if self.recompute == "full" and self.training else block(x)
         return self.attnpool(x)
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_held(block)
+
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _statistics_held(block: nn.Module) -> Iterator[None]:
+    """Batch norms normalise with the batch but do not count it again."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _stage(inplanes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""CLIP's causal text Transformer, pooled at the end-of-text token; on padded or packed captions."""
+"""CLIP's causal text Transformer on padded or packed captions, and SigLIP's bidirectional one."""
 
 from __future__ import annotations
 
@@ -8,44 +8,73 @@ from torch.nn import functional as F
 
 from fastclip.models.config import TextConfig
 from fastclip.models.transformer import Transformer
-from fastclip.ops.attention.packing import PackedText, pack_text
+from fastclip.ops.attention.packing import PackedText, caption_ends, pack_text
 
 
 class TextTower(nn.Module):
     """Token ids to features. A base class of `CLIP`, whose state dict holds these parameters at its top level."""
 
-    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int, act: str = "gelu") -> None:
         super().__init__()
         width = config.width
+        self.text_config = config
         self.context_length = config.context_length
         self.vocab_size = config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.transformer = Transformer(
-            width, config.layers, config.heads, config.mlp_ratio, "quick_gelu" if quick_gelu else "gelu"
+            width, config.layers, config.heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.ln_final = nn.LayerNorm(width, config.norm_eps)
+        self.text_projection: nn.Linear | nn.Parameter
+        if config.proj_bias:
+            self.text_projection = nn.Linear(width, embed_dim)
+            nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+        else:
+            self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.transformer.init_scaled()
 
     def text_features(self, text: Tensor | PackedText, packed: bool) -> Tensor:
-        """Captions -> (B, embed_dim), not L2-normalised; `packed` packs padded ids (B, L) first."""
+        """Captions -> (B, embed_dim), not L2-normalised; `packed` packs padded ids (B, L) where that is exact.
+
+        Raises ValueError for ids that do not fit, and for packed captions where packing changes the features.
+        """
+        reason = self.text_config.why_not_packed
         if isinstance(text, Tensor):
             self._check_ids(text)
-            text = pack_text(text) if packed else text
+            text = pack_text(text, eos_id=self._eos_id) if packed and reason is None else text
+        elif reason is not None:
+            raise ValueError(f"text must be padded ids (B, L), was packed: {reason}")
         pooled = self._pooled_packed(text) if isinstance(text, PackedText) else self._pooled_padded(text)
-        return self.ln_final(pooled) @ self.text_projection
+        pooled = self.ln_final(pooled)
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled)
+        return pooled @ self.text_projection
+
+    @property
+    def _eos_id(self) -> int | None:
+        return self.text_config.eos_id if self.text_config.pool_type == "eos" else None
 
     def _pooled_packed(self, text: PackedText) -> Tensor:
+        if text.max_seqlen > self.context_length:
+            raise ValueError(f"text must hold captions of at most {self.context_length} tokens, was {text.max_seqlen}")
         x = self.token_embedding(text.tokens) + F.embedding(text.positions(), self.positional_embedding)  # (T, W)
         ends = text.cu_seqlens[1:].long() - 1
-        return self.transformer(x, text.cu_seqlens, text.max_seqlen, causal=True, pool_rows=ends)
+        pooled = self.transformer(x, text.cu_seqlens, text.max_seqlen, causal=True, pool_rows=ends)
+        return pooled[: len(text)]  # the fillers of a bucket are sequences too
 
     def _pooled_padded(self, ids: Tensor) -> Tensor:
-        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]  # (B, L, W)
-        x = self.transformer(x, causal=True)
-        return x[torch.arange(x.shape[0], device=x.device), ids.argmax(dim=1)]
+        batch, length = ids.shape
+        x = self.token_embedding(ids) + self.positional_embedding[:length]  # (B, L, W)
+        is_last = self.text_config.pool_type == "last"
+        ends = torch.full_like(ids[:, 0], length - 1) if is_last else caption_ends(ids, self._eos_id)
+        rows = torch.arange(0, batch * length, length, device=ids.device) + ends
+        is_causal = not self.text_config.no_causal_mask
+        if is_causal and not is_last:  # the pooled row does not see what is behind it
+            return self.transformer(x, causal=True).flatten(0, 1)[rows]
+        return self.transformer(x, causal=is_causal, pool_rows=rows)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point() or not 1 <= ids.shape[1] <= self.context_length:

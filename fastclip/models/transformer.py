@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastclip.ops.attention import attention, pooled_attention
 from fastclip.ops.attention.packing import gather_rows
@@ -130,6 +131,7 @@ class Transformer(nn.Module):
 
     act: one of ACTIVATIONS.
     ls_init_value: LayerScale's initial value; None for blocks without it.
+    recompute: "none", or "full": backward keeps the input of each block and runs the block again.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Transformer(nn.Module):
         ls_init_value: float | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = "none"
         self.resblocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, act, norm_eps, ls_init_value) for _ in range(layers)
         )
@@ -169,7 +172,11 @@ class Transformer(nn.Module):
         """(B, N, W) or (T, W), or (B, W) with `pool_rows`."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
-            x = block(x, cu_seqlens, max_seqlen, causal, pool_rows if i == last else None)
+            arguments = (x, cu_seqlens, max_seqlen, causal, pool_rows if i == last else None)
+            if self.recompute == "full" and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
         return x
 
 

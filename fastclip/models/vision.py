@@ -1,4 +1,4 @@
-"""CLIP's Vision Transformer (Dosovitskiy et al. 2021; Radford et al. 2021), with an optional convolutional stem."""
+"""CLIP's Vision Transformer (Dosovitskiy et al. 2021; Radford et al. 2021), CLIPA's and SigLIP's."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastclip.models.config import VisionConfig
-from fastclip.models.transformer import Transformer
+from fastclip.models.transformer import MLP, Transformer
+from fastclip.ops.attention import pooled_attention
 
 
 class PatchEmbed(nn.Conv2d):
-    """Non-overlapping patches times one matrix: a convolution whose stride is its kernel, without bias."""
+    """Non-overlapping patches times one matrix: a convolution whose stride is its kernel."""
 
-    def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
-        super().__init__(in_channels, width, patch_size, stride=patch_size, bias=False)
+    def __init__(self, in_channels: int, width: int, patch_size: int, bias: bool = False) -> None:
+        super().__init__(in_channels, width, patch_size, stride=patch_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, width), patches row by row.
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, N, width), patches row by row; pixels behind the last whole patch are not seen.
 
+        kept: (B, K) patches to compute, the others are left out before the product: (B, K, width).
         Contiguous images go through one large product; channels-last maps through the convolution, which reads them
         in place.
         """
-        if not x.is_contiguous():
+        if not x.is_contiguous() and kept is None:
             return super().forward(x).flatten(2).transpose(1, 2)
-        batch, channels, height, width = x.shape
         p = self.kernel_size[0]
-        patches = x.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.reshape(batch, -1, channels * p * p), self.weight.flatten(1))
+        batch, channels, rows, columns = x.shape[0], x.shape[1], x.shape[2] // p, x.shape[3] // p
+        patches = x[:, :, : rows * p, : columns * p].reshape(batch, channels, rows, p, columns, p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, p, p)
+        if kept is not None:
+            patches = patches[torch.arange(batch, device=x.device)[:, None], kept // columns, kept % columns]
+        return F.linear(patches.reshape(batch, -1, channels * p * p), self.weight.flatten(1), self.bias)
 
 
 class ConvStem(nn.Sequential):
@@ -51,50 +56,92 @@ class ConvStem(nn.Sequential):
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
+class LatentPool(nn.Module):
+    """SigLIP's pooling ("MAP"): attention of one learned query over all tokens, then a residual MLP.
+
+    Names are timm's (`AttentionPoolLatent`).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, act: str, norm_eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), act)
+        nn.init.trunc_normal_(self.latent, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, W) -> (B, W)."""
+        q = self.q(self.latent[0]).expand(x.shape[0], -1).unflatten(-1, (self.heads, -1))
+        kv = self.kv(x).unflatten(-1, (2, self.heads, -1))
+        pooled = self.proj(pooled_attention(q, kv).flatten(-2))
+        return pooled + self.mlp(self.norm(pooled))
+
+
 class VisionTransformer(nn.Module):
     """Images to features: patches, class token, positions, ln_pre, blocks, ln_post, projection.
 
-    With pool_type "tok" the last block and ln_post run on the class token alone, which is exact.
+    With pool_type "tok" the last block and ln_post run on the class token alone, which is exact. With "map" there is no
+    class token, no ln_pre and no projection.
     """
 
-    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool = False) -> None:
+    def __init__(self, config: VisionConfig, embed_dim: int, act: str = "gelu") -> None:
         super().__init__()
         assert isinstance(config.layers, int)
         self.config = config
-        width, scale = config.width, config.width**-0.5
+        width, scale, heads = config.width, config.width**-0.5, config.width // config.head_width
+        self.has_class_token = config.pool_type != "map"
         if config.conv_stem:
             self.conv_stem = ConvStem(config.conv_stem)
         stride = 2 ** len(config.conv_stem)
-        self.conv1 = PatchEmbed((3, *config.conv_stem)[-1], width, config.patch_size // stride)
-        tokens = (config.image_size // config.patch_size) ** 2 + 1
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
+        patch = config.patch_size // stride
+        self.conv1 = PatchEmbed((3, *config.conv_stem)[-1], width, patch, bias=not self.has_class_token)
+        if self.has_class_token:
+            self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(config.grid**2 + self.has_class_token, width))
+        has_ln_pre = self.has_class_token and not config.no_ln_pre
+        self.ln_pre = nn.LayerNorm(width, config.norm_eps) if has_ln_pre else nn.Identity()
         self.transformer = Transformer(
-            width, config.layers, width // config.head_width, config.mlp_ratio, "quick_gelu" if quick_gelu else "gelu"
+            width, config.layers, heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.ln_post = nn.LayerNorm(width, config.norm_eps)
+        if self.has_class_token:
+            self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        else:
+            self.attn_pool = LatentPool(width, heads, config.mlp_ratio, act, config.norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
-        x = self.conv1(self.conv_stem(image) if self.config.conv_stem else image)
-        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
-        x = torch.cat((class_token, x), dim=1) + self.positional_embedding.to(x.dtype)
-        if self.training and self.config.patch_dropout:
-            x = self._drop_patches(x)
-        x = self.ln_pre(x)
+        x = self.ln_pre(self._tokens(image))
         if self.config.pool_type == "tok":
             class_rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
-            pooled = self.ln_post(self.transformer(x, pool_rows=class_rows))
+            return self.ln_post(self.transformer(x, pool_rows=class_rows)) @ self.proj
+        x = self.transformer(x)
+        if not self.has_class_token:
+            return self.attn_pool(self.ln_post(x))
+        if self.config.final_ln_after_pool:
+            pooled = self.ln_post(x[:, 1:].mean(1))
         else:
-            pooled = self.ln_post(self.transformer(x))[:, 1:].mean(1)
+            pooled = self.ln_post(x)[:, 1:].mean(1)
         return pooled @ self.proj
 
-    def _drop_patches(self, x: Tensor) -> Tensor:
-        """Keep the class token and a random subset of the patches, drawn on the device for each image."""
-        batch, patches = x.shape[0], x.shape[1] - 1
+    def _tokens(self, image: Tensor) -> Tensor:
+        """Patches with their positions behind the class token: (B, N, W); in training without the dropped ones."""
+        kept = self._kept_patches(image) if self.training and self.config.patch_dropout else None
+        x = self.conv1(self.conv_stem(image) if self.config.conv_stem else image, kept)
+        positions = self.positional_embedding.to(x.dtype)
+        if not self.has_class_token:
+            return x + (positions if kept is None else positions[kept])
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        if kept is None:
+            return torch.cat((class_token, x), dim=1) + positions
+        return torch.cat((class_token + positions[0], x + positions[1:][kept]), dim=1)
+
+    def _kept_patches(self, image: Tensor) -> Tensor:
+        """A random subset of the patches of each image, drawn on its device: (B, K) int64."""
+        patches = self.config.grid**2
         kept = max(1, int(patches * (1 - self.config.patch_dropout)))
-        chosen = torch.rand(batch, patches, device=x.device).topk(kept, dim=1).indices + 1
-        index = torch.cat((chosen.new_zeros(batch, 1), chosen), dim=1)
-        return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        return torch.rand(image.shape[0], patches, device=image.device).topk(kept, dim=1).indices
