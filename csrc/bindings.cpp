@@ -11,11 +11,16 @@ namespace fastclip {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset,
-    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups);
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups,
+    const std::optional<at::Tensor>& kept);
 std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& row_lse,
     const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset,
-    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups);
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups,
+    const std::optional<at::Tensor>& kept);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_mean(const at::Tensor& image_features,
+                                                                                 const at::Tensor& text_features,
+                                                                                 const at::Tensor& logit_scale);
 at::Tensor sigmoid_loss(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale,
                         const at::Tensor& logit_bias, const std::optional<at::Tensor>& row_groups,
                         const std::optional<at::Tensor>& col_groups, int64_t offset);
@@ -37,13 +42,17 @@ TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("torch_version() -> str", [] { return std::string(TORCH_VERSION); });
   m.def(
       "contrastive_loss_statistics(Tensor image_features, Tensor text_features, Tensor logit_scale, int offset, Tensor? labels,"
-      " Tensor? row_groups, Tensor? col_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " Tensor? row_groups, Tensor? col_groups, Tensor(a!)? kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       &fastclip::contrastive_loss_statistics);
   m.def(
       "contrastive_loss_negative_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse,"
-      " Tensor col_lse, Tensor d_row_lse, Tensor d_col_lse, int offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups)"
+      " Tensor col_lse, Tensor d_row_lse, Tensor d_col_lse, int offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups,"
+      " Tensor? kept)"
       " -> (Tensor, Tensor)",
       &fastclip::contrastive_loss_negative_gradients);
+  m.def(
+      "contrastive_loss_mean(Tensor image_features, Tensor text_features, Tensor logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+      &fastclip::contrastive_loss_mean);
   m.def(
       "sigmoid_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias, Tensor? row_groups,"
       " Tensor? col_groups, int offset) -> Tensor",

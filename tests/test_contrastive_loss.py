@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,14 +230,14 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     image, text, scale = block(6, 9, 5)
     image, text = image.to(dtype), text.to(dtype)
     labels, groups = torch.tensor([3, 8, 0, 7, 1, 5]), torch.arange(9) // 2
-    masks = [(2, None, None, None, impl)] + [(0, labels, groups[:6], groups, impl)] * (impl != "cpu")
-    for mask in masks:
-        arguments = (image, text, scale, *mask)
+    masks = [(2, None, None, None)] + [(0, labels, groups[:6], groups)] * (impl != "cpu")
+    for mask, kept_rows in itertools.product(masks, (0, 6)):
+        arguments = (image, text, scale, *mask, kept_rows, impl)
         torch.library.opcheck(torch.ops.fastclip.contrastive_loss_fwd.default, arguments)
-        positive, row_max, row_log_sum, col_max, col_log_sum = torch.ops.fastclip.contrastive_loss_fwd(*arguments)
+        positive, row_max, row_log_sum, col_max, col_log_sum, kept = torch.ops.fastclip.contrastive_loss_fwd(*arguments)
         saved = (image, text, scale, row_max, row_log_sum, col_max, col_log_sum)
         grads = (torch.ones_like(positive), torch.ones_like(row_log_sum), torch.ones_like(col_log_sum))
-        torch.library.opcheck(torch.ops.fastclip.contrastive_loss_bwd.default, (*grads, *saved, *mask))
+        torch.library.opcheck(torch.ops.fastclip.contrastive_loss_bwd.default, (*grads, *saved, *mask, kept, impl))
 
 
 @pytest.mark.parametrize("groups", [(None, None), (torch.arange(6), torch.arange(9) // 2)])

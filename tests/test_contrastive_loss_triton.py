@@ -171,7 +171,7 @@ COMPILE = """
 import json, sys
 from fastclip.ops.contrastive_loss.triton import configurations
 from fastclip.testing import compile_offline
-cases = [(case["kernel"].fn.__name__, case["types"]["image"], case) for case in configurations()]
+cases = [(case["kernel"].fn.__name__, case["types"].get("image", ""), case) for case in configurations()]
 print(json.dumps([(*names, *compile_offline(**case, capability=int(sys.argv[1]))) for *names, case in cases]))
 """
 
@@ -183,7 +183,7 @@ def test_compiles_without_spills(capability: int) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     usages = json.loads(result.stdout)
-    assert len(usages) == 18  # two kernels in three dtypes: plain, with labels, with labels and groups
+    assert len(usages) == 29  # three in three dtypes (plain, labels, labels and groups), one in two
     for kernel, features, registers, stack_bytes, shared_bytes in usages:
         assert stack_bytes == 0, f"{kernel} of {features} spills {stack_bytes} bytes on sm_{capability}"
         assert 0 < registers <= 255

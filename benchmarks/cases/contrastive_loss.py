@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from benchmarks import peers
 from benchmarks.case import Case, Loss, Problem, Variant
 from benchmarks.cases import losses
 from benchmarks.cases.losses import pairs
+from fastclip._version import __version__
 from fastclip.losses import contrastive_loss
 from fastclip.ops.contrastive_loss import explain
 from fastclip.testing import clip_features
@@ -61,6 +63,11 @@ def _memeff() -> Loss:
     return lambda image, text, scale: module(image, text)  # its temperature is a number and has no gradient
 
 
+def _with_budget(n: int) -> Callable[[], Loss]:
+    """With room for all logits in fp32."""
+    return lambda: partial(contrastive_loss, memory_budget=4 * n * n)
+
+
 def variants(problem: Problem) -> list[Variant]:
     n, budget = problem["n"], losses.OTHERS[problem.dtype]
     reasons = {name: peers.why_not(name, problem.device) for name in ("inf_cl", "memeff")}
@@ -69,6 +76,7 @@ def variants(problem: Problem) -> list[Variant]:
     return [
         *losses.eager_variants(problem, _open_clip, textbook),
         *losses.our_variants(problem, contrastive_loss, explain(problem.device, problem.torch_dtype, n)),
+        Variant("budget", _with_budget(n), losses.OURS[problem.dtype], f"fastclip {__version__}", is_quadratic=True),
         Variant("inf_cl", _inf_cl, budget, peers.version_of("inf_cl"), why_not=reasons["inf_cl"]),
         Variant(
             "memeff", _memeff, budget, peers.version_of("memeff"), why_not=reasons["memeff"], without_gradient=(2,)
@@ -91,7 +99,7 @@ def problems(device: str) -> Sequence[Problem]:
         )
     alone, dtypes = ("auto",), ("float32", "bfloat16")
     return (
-        *(pairs(8192, 512, dtype, rank=0, impls=("auto", "compile")) for dtype in dtypes),
+        *(pairs(8192, 512, dtype, rank=0, impls=("auto", "budget", "compile")) for dtype in dtypes),
         *(pairs(1024, 512, dtype, rank=1, has_peak=False) for dtype in dtypes),
         *(pairs(n, 512, dtype, rank=2, impls=alone, has_peak=False) for n in (16, 64, 256) for dtype in dtypes),
         *(pairs(4096, 512, dtype, rank=2, impls=alone) for dtype in dtypes),

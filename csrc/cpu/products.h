@@ -15,6 +15,7 @@
 namespace fastclip {
 
 constexpr int64_t kBlock = 64;
+constexpr int64_t kChain = 128;  // terms of one running fp32 sum: a longer one loses digits that the logits' exponential shows
 
 template <typename T>
 constexpr int64_t kInterleaved = sizeof(T) == 2 ? 2 : 1;  // rows of b
@@ -23,7 +24,10 @@ constexpr int64_t ceil_to(int64_t n, int64_t step) { return (n + step - 1) / ste
 
 template <typename T>
 void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, kBlock, ldc, add, a, b, c, kInterleaved<T> == 2);
+  const int64_t step = sizeof(T) == 2 ? k : kChain;
+  for (int64_t from = 0; from < k; from += step)
+    at::native::cpublas::brgemm(m, n, std::min(step, k - from), lda, kBlock, ldc, add || from > 0, a + from, b + from * kBlock, c,
+                                kInterleaved<T> == 2);
 }
 
 // Gives back the processor's matrix unit; at the end of every task that called `product`.
@@ -32,12 +36,36 @@ void release() {
   at::native::cpublas::brgemm_release(kInterleaved<T> == 2);
 }
 
-// out (k / V, 64, V) = the transpose of rows (count, k), V interleaved: 32-bit words change places. k is a multiple of 16 words;
-// columns count..63 are zero.
-FASTCLIP_MULTIVERSION void block_transposed(uint32_t* out, const uint32_t* rows, int64_t count, int64_t words) {
-  for (int64_t first = 0; first < words; first += kLanes)
-    for (int64_t j = 0; j < kBlock; ++j)
-      for (int64_t w = first; w < first + kLanes; ++w) out[w * kBlock + j] = j < count ? rows[j * words + w] : 0u;
+// out (cols, .) = the transpose of rows (count, cols), row strides ld_out and ld; entries count..padded-1 of each row of out are
+// zero.
+template <typename T>
+FASTCLIP_INLINE void transpose_blocks(T* out, int64_t ld_out, const T* rows, int64_t ld, int64_t count, int64_t cols, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += kLanes)
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      if (i + kLanes > padded || j + kLanes > cols) {
+        for (int64_t c = j; c < std::min(j + kLanes, cols); ++c)
+          for (int64_t r = i; r < std::min(i + kLanes, padded); ++r) out[c * ld_out + r] = r < count ? rows[r * ld + c] : T(0.f);
+        continue;
+      }
+      Vec block[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) block[r] = i + r < count ? load(rows + (i + r) * ld + j) : Vec{};
+      transpose(block);
+      for (int64_t r = 0; r < kLanes; ++r) store_exact(out + (j + r) * ld_out + i, block[r]);
+    }
+}
+FASTCLIP_MULTIVERSION void transpose_rows(float* out, int64_t ld_out, const float* rows, int64_t ld, int64_t count, int64_t cols,
+                                          int64_t padded) {
+  transpose_blocks(out, ld_out, rows, ld, count, cols, padded);
+}
+FASTCLIP_MULTIVERSION void transpose_rows(c10::BFloat16* out, int64_t ld_out, const c10::BFloat16* rows, int64_t ld, int64_t count,
+                                          int64_t cols, int64_t padded) {
+  transpose_blocks(out, ld_out, rows, ld, count, cols, padded);
+}
+
+// out (k / V, 64, V) = the transpose of rows (count, k), V interleaved: 32-bit words change places, `words` to a row, a multiple
+// of 16. Columns count..63 are zero.
+inline void block_transposed(float* out, const float* rows, int64_t count, int64_t words) {
+  transpose_rows(out, kBlock, rows, words, count, words, kBlock);
 }
 
 // out (padded / V, 64, V) = columns [0, width) of rows (count, .), row stride ld, V interleaved; rows count..padded-1 are zero.
@@ -54,16 +82,6 @@ FASTCLIP_MULTIVERSION void block_rows(c10::BFloat16* out, const c10::BFloat16* r
       out[i * kBlock + 2 * j + 1] = i + 1 < count ? rows[(i + 1) * ld + j] : zero;
     }
   }
-}
-
-// out (cols, ld_out) = the transpose of rows (count, cols), row stride ld; entries count..padded-1 of each row of out are zero.
-template <typename T>
-FASTCLIP_INLINE void transpose_rows(T* out, int64_t ld_out, const T* rows, int64_t ld, int64_t count, int64_t cols, int64_t padded) {
-  constexpr int64_t kStep = 16;
-  for (int64_t i0 = 0; i0 < padded; i0 += kStep)
-    for (int64_t j0 = 0; j0 < cols; j0 += kStep)
-      for (int64_t j = j0; j < std::min(j0 + kStep, cols); ++j)
-        for (int64_t i = i0; i < std::min(i0 + kStep, padded); ++i) out[j * ld_out + i] = i < count ? rows[i * ld + j] : T(0.f);
 }
 
 }  // namespace fastclip

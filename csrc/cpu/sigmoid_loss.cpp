@@ -150,8 +150,8 @@ struct Problem {
       const int64_t cols = std::min(kBlockCols, m - col);
       const T* rows = data<T>(text, col);
       for_each_task<T>(cols, kBlock, 0, [&](int64_t first, int64_t count, T*) {
-        block_transposed(reinterpret_cast<uint32_t*>(data<T>(text_transposed, first)),
-                         reinterpret_cast<const uint32_t*>(rows + first * depth), count, depth / kInterleaved<T>);
+        block_transposed(reinterpret_cast<float*>(data<T>(text_transposed, first)),
+                         reinterpret_cast<const float*>(rows + first * depth), count, depth / kInterleaved<T>);
       });
       if (weights.defined()) take_rows(text_blocked, rows, cols);
       for (int64_t row = 0; row < n; row += kBlockRows) run_block(row, std::min(kBlockRows, n - row), col, cols);

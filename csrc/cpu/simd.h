@@ -35,20 +35,44 @@ FASTCLIP_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 FASTCLIP_INLINE Vec load(const c10::BFloat16* p) {
   return (Vec)(__builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec) << 16);
 }
-// Round to nearest, ties to even; a NaN stays a NaN.
-FASTCLIP_INLINE void store(c10::BFloat16* p, Vec v) {
+// The nearest bfloat16, ties to even; a NaN stays a NaN.
+FASTCLIP_INLINE Vec rounded(Vec v) {
   const UVec bits = (UVec)v;
-  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const UVec quiet = (bits >> 16) | 0x40;
-  *reinterpret_cast<HVec*>(p) = __builtin_convertvector(v == v ? rounded : quiet, HVec);
+  const UVec nearest = bits + 0x7fff + ((bits >> 16) & 1);
+  return (Vec)((v == v ? nearest : bits | 0x400000u) & 0xffff0000u);
+}
+FASTCLIP_INLINE void store_rounded(c10::BFloat16* p, Vec v) {
+  *reinterpret_cast<HVec*>(p) = __builtin_convertvector((UVec)v >> 16, HVec);
+}
+FASTCLIP_INLINE void store(c10::BFloat16* p, Vec v) { store_rounded(p, rounded(v)); }
+FASTCLIP_INLINE void store_exact(float* p, Vec v) { store(p, v); }
+FASTCLIP_INLINE void store_exact(c10::BFloat16* p, Vec v) { store_rounded(p, v); }
+
+// Interleaves two that are `rounded`: out[2 j] = a[j], out[2 j + 1] = b[j].
+FASTCLIP_INLINE void store_rounded_pairs(c10::BFloat16* p, Vec a, Vec b) {
+  store(reinterpret_cast<float*>(p), (Vec)((UVec)a >> 16 | (UVec)b));
 }
 
-// Rounds as `store` does and interleaves: out[2 j] = a[j], out[2 j + 1] = b[j].
-FASTCLIP_INLINE void store_pairs(c10::BFloat16* p, Vec a, Vec b) {
-  const UVec low = (UVec)a, high = (UVec)b;
-  const UVec first = a == a ? (low + 0x7fff + ((low >> 16) & 1)) >> 16 : (low >> 16) | 0x40;
-  const UVec second = b == b ? (high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000u : (high & 0xffff0000u) | 0x400000u;
-  store(reinterpret_cast<float*>(p), (Vec)(first | second));
+// Sixteen rows of sixteen become their columns: blocks of 1, 2, 4, 8 on both sides of the diagonal change places in turn.
+template <int HALF>
+FASTCLIP_INLINE void exchange(Vec* rows) {
+  IVec low, high;
+  for (int e = 0; e < kLanes; ++e) {
+    low[e] = e & HALF ? kLanes + e - HALF : e;
+    high[e] = e & HALF ? kLanes + e : e + HALF;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & HALF) continue;
+    const Vec a = rows[i], b = rows[i + HALF];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + HALF] = __builtin_shuffle(a, b, high);
+  }
+}
+FASTCLIP_INLINE void transpose(Vec* rows) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  exchange<8>(rows);
 }
 
 FASTCLIP_INLINE float sum(Vec v) {

@@ -80,6 +80,7 @@ def check_contrastive(
     label_smoothing: float,
     directions: str,
     reduction: str,
+    memory_budget: int,
     group: Any,
     ring: bool,
     check_values: bool,
@@ -100,6 +101,10 @@ def check_contrastive(
     _check_smoothing(label_smoothing, group_ids is not None and group_mode == "ignore")
     check_choice("directions", directions, ("both", "image", "text"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(memory_budget, int) or memory_budget < 0:
+        raise ValueError(f"memory_budget is {memory_budget!r}, must be a number of bytes, at least 0")
+    if ring and memory_budget:
+        raise ValueError(f"memory_budget is {memory_budget}, must be 0 with ring: which is there to hold less")
     if ring and group is None:
         raise ValueError("ring is True, must be False without a group: there are no ranks to pass texts to")
     if check_values:

@@ -83,11 +83,11 @@ class ClipLoss(nn.Module):
             image_features, text_features = (
                 _ScaleGradient.apply(x, 1 / self.world_size) for x in (image_features, text_features)
             )
-        reduction: Reduction = "none" if self.local_loss else "mean"
+        reduction: Reduction = "none" if self.local_loss and group is not None else "mean"
         loss = contrastive_loss(
             image_features, text_features, logit_scale, reduction=reduction, group=group, impl=self.impl
         )
-        return loss.mean()
+        return loss.mean() if reduction == "none" else loss
 
     def _local_loss(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, group: dist.ProcessGroup

@@ -13,13 +13,13 @@ def statistics(problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tenso
     """(rows (n,), columns (m,) of this rank's texts over all images, what `gradients` wants kept)."""
     layout = problem.layout
     text, text_ids = _gathered(problem)
-    rows, columns = block_statistics(problem, text, text_ids, _mask(problem))
+    rows, columns, kept = block_statistics(problem, text, text_ids, _mask(problem))
     if layout.group is None:
-        return rows, columns, columns[:2]
+        return rows, columns, [*columns[:2], kept]
     col_max, col_log_sum = merge_log_sum(columns[0], columns[1], layout.group)
     columns = [col_max, col_log_sum, *(sum_over_ranks(x, layout.group) for x in columns[2:])]
     own = slice(layout.first_text, layout.first_text + problem.text.shape[0])
-    return rows, [x[own] for x in columns], [col_max, col_log_sum, text]
+    return rows, [x[own] for x in columns], [col_max, col_log_sum, kept, text]
 
 
 def gradients(
@@ -33,15 +33,17 @@ def gradients(
     """dz @ text (n, D) and dz^T @ image (m, D) over all ranks."""
     layout = problem.layout
     if layout.group is None:
-        lse = (*row_lse, kept[0], kept[1])
+        col_max, col_log_sum, logits = kept
+        lse = (*row_lse, col_max, col_log_sum)
         return block_gradients(
-            problem, problem.text, problem.text_ids, _mask(problem), lse, d_positive, d_rows, d_columns
+            problem, problem.text, problem.text_ids, _mask(problem), lse, logits, d_positive, d_rows, d_columns
         )
-    col_max, col_log_sum, text = kept
+    col_max, col_log_sum, logits, text = kept
     _, text_ids = _gathered(problem, text)
     d_columns = [gather_rows(x, layout.texts, layout.group) for x in d_columns]
+    lse = (*row_lse, col_max, col_log_sum)
     grad_image, grad_text = block_gradients(
-        problem, text, text_ids, _mask(problem), (*row_lse, col_max, col_log_sum), d_positive, d_rows, d_columns
+        problem, text, text_ids, _mask(problem), lse, logits, d_positive, d_rows, d_columns
     )
     return grad_image, reduce_scatter_rows(grad_text, layout.texts, layout.group)
 

@@ -20,7 +20,7 @@ def statistics(problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tenso
     rows: list[Tensor] = []
     behind: Passing | None = None
     for owner, (text, text_ids, _) in _blocks(problem, None):
-        found, columns = block_statistics(problem, text, text_ids, _mask(problem, owner, text))
+        found, columns, _ = block_statistics(problem, text, text_ids, _mask(problem, owner, text))
         rows = _merged(rows, found[1:]) if rows else found[1:]
         if behind is None:
             positive = found[0]  # of this rank's own block: the others hold no positives of its images
@@ -48,7 +48,7 @@ def gradients(
         col_max, col_log_sum, *d_cols = columns.unbind(1)
         lse = (*row_lse, col_max, col_log_sum)
         more_image, grad_text = block_gradients(
-            problem, text, text_ids, _mask(problem, owner, text), lse, d_positive, d_rows, d_cols
+            problem, text, text_ids, _mask(problem, owner, text), lse, text.new_empty(0), d_positive, d_rows, d_cols
         )
         grad_image = more_image if grad_image is None else grad_image.add_(more_image)
         if behind is not None:

@@ -14,8 +14,11 @@ from torch.autograd.function import once_differentiable
 from fastclip.distributed import Layout
 from fastclip.losses import gathered, ring
 from fastclip.losses.blocks import Problem
+from fastclip.ops._rows import inner_product
+from fastclip.ops.contrastive_loss.implementations import why_not
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
+IN_CACHE = 4 << 20  # bytes of logits that the CPU keeps in any case: they are still near when backward comes
 SMALLEST_NORM = 1e-12  # F.normalize's: what is shorter counts as the zero vector
 
 
@@ -49,13 +52,40 @@ def contrastive_terms(
     sums: tuple[bool, ...],
     normalize: bool,
     uses_ring: bool,
+    memory_budget: int,
     impl: str,
 ) -> Terms:
     """The terms of image_features (n, D) and text_features (m, D); sums: over the group (True), over all (False)."""
-    outputs = _Terms.apply(image_features, text_features, scale, *pairing, sums, normalize, uses_ring, impl)
+    uses_ring = uses_ring and len(pairing.layout.texts) > 1
+    kept_rows = 0
+    if _has_gradient(image_features, text_features, scale) and not uses_ring:
+        if image_features.device.type == "cpu":  # whose 16-bit products cost less than fetching logits from memory
+            memory_budget = max(memory_budget * (image_features.dtype.itemsize > 2), IN_CACHE)
+        row_bytes = sum(pairing.layout.texts) * accumulation_dtype(image_features.dtype).itemsize
+        kept_rows = torch.sym_min(image_features.shape[0], memory_budget // row_bytes)
+    options = (sums, normalize, uses_ring, kept_rows, impl)
+    outputs = _Terms.apply(image_features, text_features, scale, *pairing, *options)
     positive, row_max, row_log_sum, *row_sums = outputs[: 3 + len(sums)]
     col_max, col_log_sum, *col_sums = outputs[3 + len(sums) :]
     return Terms(positive, row_max, row_log_sum, col_max, col_log_sum, tuple(row_sums), tuple(col_sums))
+
+
+def is_small(image_features: Tensor, text_features: Tensor, scale: Tensor, impl: str) -> bool:
+    """Whether the loss and its gradient are best made in one call (`ops.contrastive_loss.contrastive_mean`)."""
+    n, m = image_features.shape[0], text_features.shape[0]
+    return (
+        not torch.compiler.is_compiling()
+        and n == m
+        and image_features.device.type == "cpu"
+        and n * m * 4 <= IN_CACHE
+        and impl in ("auto", "cpu")
+        and _has_gradient(image_features, text_features, scale)
+        and why_not("cpu", "cpu", image_features.dtype, n, m) is None
+    )
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _Terms(torch.autograd.Function):
@@ -73,10 +103,11 @@ class _Terms(torch.autograd.Function):
         sums: tuple[bool, ...],
         normalize: bool,
         uses_ring: bool,
+        kept_rows: int,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        ctx.strategy = ring if uses_ring and len(layout.texts) > 1 else gathered
-        ctx.constants = (layout, ignores, sums, impl)
+        ctx.strategy = ring if uses_ring else gathered
+        ctx.constants = (layout, ignores, sums, kept_rows, impl)
         norms = [_reciprocal_norm(x) if normalize else None for x in (image_features, text_features)]
         image, text = (_unit(x, r) for x, r in zip((image_features, text_features), norms, strict=True))
         problem = Problem(image, text, scale, labels, image_ids, text_ids, *ctx.constants)
@@ -101,11 +132,11 @@ class _Terms(torch.autograd.Function):
         grad_image, grad_text = ctx.strategy.gradients(
             problem, kept, (row_max, row_log_sum), d_positive, d_rows, d_columns
         )
-        d_scale = (image.to(grad_image.dtype) * grad_image).sum()  # sum_ij dz_ij cos_ij: no pass over the matrix
+        d_scale = inner_product(image, grad_image)  # sum_ij dz_ij cos_ij: no pass over the matrix
         factor = scale.to(grad_image.dtype)
         d_image = _d_features(grad_image.mul_(factor), image_features, image, image_norm)
         d_text = _d_features(grad_text.mul_(factor), text_features, text, text_norm)
-        return d_image, d_text, d_scale.to(scale.dtype), *(None,) * 9
+        return d_image, d_text, d_scale.to(scale.dtype), *(None,) * 10
 
 
 def _of_pairs(x: Tensor, labels: Tensor | None, n: int) -> Tensor:

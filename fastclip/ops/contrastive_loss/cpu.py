@@ -14,10 +14,11 @@ def statistics(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Statistics:
     """As `reference.statistics`."""
     kernel = torch.ops.fastclip_cpu.contrastive_loss_statistics
-    return Statistics(*kernel(image_features, text_features, logit_scale, offset, labels, row_groups, col_groups))
+    return Statistics(*kernel(image_features, text_features, logit_scale, offset, labels, row_groups, col_groups, kept))
 
 
 def negative_gradients(
@@ -32,8 +33,9 @@ def negative_gradients(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
     kernel = torch.ops.fastclip_cpu.contrastive_loss_negative_gradients
     features, weights = (image_features, text_features), (row_lse, col_lse, d_row_lse, d_col_lse)
-    return kernel(*features, logit_scale, *weights, offset, labels, row_groups, col_groups)
+    return kernel(*features, logit_scale, *weights, offset, labels, row_groups, col_groups, kept)

@@ -29,10 +29,13 @@ def statistics(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Statistics:
     """As `reference.statistics`."""
     logits = product(image_features, text_features.T).mul_(logit_scale)
     positive, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
+    if kept is not None:
+        kept[:, : logits.shape[1]] = logits[: kept.shape[0]]
     return Statistics(positive, *reference.max_and_log_sum(logits, 1), *reference.max_and_log_sum(logits, 0))
 
 
@@ -48,9 +51,14 @@ def negative_gradients(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
-    logits = product(image_features, text_features.T).mul_(logit_scale)
-    _, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
+    n, m = image_features.shape[0], text_features.shape[0]
+    if kept is not None and kept.shape[0] == n:
+        logits = kept[:, :m]
+    else:
+        logits = product(image_features, text_features.T).mul_(logit_scale)
+        _, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
     d_logits = reference.d_negative_logits(logits, row_lse, col_lse, d_row_lse, d_col_lse)
     return d_logits @ text_features.to(d_logits.dtype), d_logits.T @ image_features.to(d_logits.dtype)

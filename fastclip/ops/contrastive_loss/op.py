@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastclip.ops._rows import add_scaled, inner_product, parts
 from fastclip.ops.contrastive_loss import sums
 from fastclip.ops.contrastive_loss.implementations import implementation
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
-_MASK = "SymInt offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups, str impl"
+_MASK = "SymInt offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups"
 _GROUPS = "Tensor? row_groups, Tensor? col_groups"
 _library = torch.library.Library("fastclip", "FRAGMENT")
 _library.define(
-    f"contrastive_loss_fwd(Tensor image_features, Tensor text_features, Tensor logit_scale, {_MASK})"
-    " -> (Tensor positive, Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum)"
+    f"contrastive_loss_fwd(Tensor image_features, Tensor text_features, Tensor logit_scale, {_MASK},"
+    " SymInt kept_rows, str impl)"
+    " -> (Tensor positive, Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum, Tensor kept)"
 )
 _library.define(
     "contrastive_loss_bwd(Tensor d_positive, Tensor d_row_lse, Tensor d_col_lse,"
     " Tensor image_features, Tensor text_features, Tensor logit_scale,"
-    f" Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum, {_MASK})"
+    f" Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum, {_MASK}, Tensor kept, str impl)"
     " -> (Tensor grad_image, Tensor grad_text)"
 )
 _library.define(
@@ -51,13 +53,21 @@ def _fwd(
     labels: Tensor | None,
     row_groups: Tensor | None,
     col_groups: Tensor | None,
+    kept_rows: int,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
-        return tuple(kernels.statistics(image_features, text_features, scale, offset, **options))
+        kept = scale.new_empty((kept_rows, _kept_width(text_features.shape[0])))
+        kept[:, text_features.shape[0] :] = -torch.inf
+        options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups, kept=kept if kept_rows else None)
+        return *kernels.statistics(image_features, text_features, scale, offset, **options), kept
+
+
+def _kept_width(m: int) -> int:
+    """Of rows of m logits: whole blocks of 64, and 16 more so that rows fall on different cache sets."""
+    return (m + 63) // 64 * 64 + 16
 
 
 def _bwd(
@@ -75,9 +85,10 @@ def _bwd(
     labels: Tensor | None,
     row_groups: Tensor | None,
     col_groups: Tensor | None,
+    kept: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups)
+    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups, kept=kept if kept.numel() else None)
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
@@ -109,19 +120,19 @@ def _add_positives(
     offset: int,
     labels: Tensor | None,
 ) -> None:
-    n, m, dtype = image_features.shape[0], text_features.shape[0], grad_image.dtype
-    image = image_features.to(dtype)
+    n, m = image_features.shape[0], text_features.shape[0]
     if labels is None:
         own = slice(offset, offset + n)
         if offset < m:
-            grad_image.addcmul_(d_positive[:, None], text_features[own].to(dtype))
-            grad_text[own].addcmul_(d_positive[:, None], image)
+            add_scaled(grad_image, d_positive, text_features[own])
+            add_scaled(grad_text[own], d_positive, image_features)
         return
-    weight = torch.where((labels >= 0) & (labels < m), d_positive, 0)[:, None]
+    weight = torch.where((labels >= 0) & (labels < m), d_positive, 0)
     labels = labels.clamp(0, m - 1)
-    grad_image.addcmul_(weight, text_features[labels].to(dtype))
+    add_scaled(grad_image, weight, text_features[labels])
     # one at most has a weight in each row of the text, so that the order of the sum does not matter
-    grad_text.index_add_(0, labels, weight * image)
+    for rows in parts(grad_image):
+        grad_text.index_add_(0, labels[rows], weight[rows, None] * image_features[rows].to(grad_text.dtype))
 
 
 def _fwd_fake(
@@ -132,11 +143,13 @@ def _fwd_fake(
     labels: Tensor | None,
     row_groups: Tensor | None,
     col_groups: Tensor | None,
+    kept_rows: int,
     impl: str,
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(image_features.dtype)
     n, m = image_features.shape[0], text_features.shape[0]
-    return tuple(image_features.new_empty(size, dtype=dtype) for size in (n, n, n, m, m))
+    sizes = (n, n, n, m, m, (kept_rows, _kept_width(m)))
+    return tuple(image_features.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def _sums_fwd(
@@ -200,24 +213,26 @@ for _name, _kernel, _fake in (
 class _ContrastiveBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *mask: Any) -> Any:
-        outputs = torch.ops.fastclip.contrastive_loss_fwd(image_features, text_features, logit_scale, *mask)
-        _, row_max, row_log_sum, col_max, col_log_sum = outputs
         offset, *options, ctx.impl = mask
+        *outputs, kept = torch.ops.fastclip.contrastive_loss_fwd(
+            image_features, text_features, logit_scale, offset, *options, 0, ctx.impl
+        )
+        _, row_max, row_log_sum, col_max, col_log_sum = outputs
         ctx.save_for_backward(
-            image_features, text_features, logit_scale, row_max, row_log_sum, col_max, col_log_sum, *options
+            image_features, text_features, logit_scale, row_max, row_log_sum, col_max, col_log_sum, kept, *options
         )
         ctx.mark_non_differentiable(row_max, col_max)
         ctx.offset = offset
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_positive, _, d_row_lse, _, d_col_lse = d_outputs
-        image, text, scale, row_max, row_log_sum, col_max, col_log_sum, *options = ctx.saved_tensors
+        image, text, scale, row_max, row_log_sum, col_max, col_log_sum, kept, *options = ctx.saved_tensors
         grad_image, grad_text = torch.ops.fastclip.contrastive_loss_bwd(
             d_positive, d_row_lse, d_col_lse, image, text, scale, row_max, row_log_sum, col_max, col_log_sum,
-            ctx.offset, *options, ctx.impl,
+            ctx.offset, *options, kept, ctx.impl,
         )  # fmt: skip
         return *scaled_gradients(grad_image, grad_text, image, text, scale), None, None, None, None, None
 
@@ -226,7 +241,7 @@ def scaled_gradients(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, text: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for image, text and scale in their dtypes, from dz @ text and dz^T @ image, which it overwrites."""
-    d_scale = (image.to(grad_image.dtype) * grad_image).sum()  # sum_ij dz_ij cos_ij, without a pass over the matrix
+    d_scale = inner_product(image, grad_image)  # sum_ij dz_ij cos_ij, without a pass over the matrix
     factor = scale.to(grad_image.dtype)
     return grad_image.mul_(factor).to(image.dtype), grad_text.mul_(factor).to(text.dtype), d_scale.to(scale.dtype)
 

@@ -83,6 +83,7 @@ def statistics(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Statistics:
     """The block's statistics.
 
@@ -94,6 +95,8 @@ def statistics(
         labels: (n,) int64, the column of each row's positive, no two the same; -1 for none.
         row_groups, col_groups: (n,) and (M,) int64, both or neither: what shares a group is neither positive nor
             negative, but for the positives.
+        kept: (k, at least M), k <= n, filled with the negatives of the first k rows, -inf elsewhere, for
+            `negative_gradients`; an implementation may leave out rows at its end, and then recomputes them there.
     """
     dtype = accumulation_dtype(image_features.dtype)
     n, m, text = image_features.shape[0], text_features.shape[0], text_features.to(dtype)
@@ -104,6 +107,8 @@ def statistics(
         positive[rows], logits = split_positives(
             logits, offset + rows.start, _of_rows(rows, labels), _of_rows(rows, row_groups), col_groups
         )
+        if kept is not None and rows.start < kept.shape[0]:
+            kept[rows, :m] = logits[: kept.shape[0] - rows.start]
         row_max[rows], row_log_sum[rows] = max_and_log_sum(logits, 1)
         columns = merge(columns, max_and_log_sum(logits, 0))
     return Statistics(positive, row_max, row_log_sum, *columns)
@@ -121,25 +126,30 @@ def negative_gradients(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dz @ text (n, D), dz^T @ image (M, D)) of the negatives, not yet multiplied by the scale, in the accumulation
     dtype.
 
     row_lse and col_lse are max + log_sum, or +inf where there are no negatives (so that nothing flows there); they may
-    be those of a larger matrix that this is a block of.
+    be those of a larger matrix that this is a block of. kept: as `statistics` filled it; what it holds is not made
+    again.
     """
     dtype = accumulation_dtype(image_features.dtype)
     text = text_features.to(dtype)
     grad_image, grad_text = text.new_empty(image_features.shape), torch.zeros_like(text)
     for rows in _row_chunks(image_features.shape[0], text.shape[0]):
         image = image_features[rows].to(dtype)
-        _, logits = split_positives(
-            logit_scale * (image @ text.T),
-            offset + rows.start,
-            _of_rows(rows, labels),
-            _of_rows(rows, row_groups),
-            col_groups,
-        )
+        if kept is not None and rows.stop <= kept.shape[0]:
+            logits = kept[rows, : text.shape[0]]
+        else:
+            _, logits = split_positives(
+                logit_scale * (image @ text.T),
+                offset + rows.start,
+                _of_rows(rows, labels),
+                _of_rows(rows, row_groups),
+                col_groups,
+            )
         d_logits = d_negative_logits(logits, row_lse[rows], col_lse, d_row_lse[rows], d_col_lse)
         grad_image[rows] = d_logits @ text
         grad_text.addmm_(d_logits.T, image)

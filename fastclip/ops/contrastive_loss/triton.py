@@ -13,7 +13,7 @@ first and the products are divided again in fp32.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,13 @@ TILES = {  # each compiles for sm_80, sm_90 and sm_100 without a spill
     torch.bfloat16: Tiles(128, 64, 64, num_warps=8, num_stages=3),
     torch.float32: Tiles(64, 64, 16, num_warps=8, num_stages=2),  # IEEE products on the CUDA cores
 }
+KEEPING_TILES = {  # of the forward pass that stores its logits too: what the stores need is taken from the block
+    torch.float16: Tiles(64, 64, 64, num_warps=8, num_stages=3),
+    torch.bfloat16: Tiles(64, 64, 64, num_warps=8, num_stages=3),
+    torch.float32: Tiles(32, 64, 16, num_warps=8, num_stages=2),
+}
 GROUP_M = 8
+KEPT_BLOCK = (16, 256)
 
 
 @triton.jit
@@ -97,14 +103,14 @@ def _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m):
 @triton.jit
 def _statistics_kernel(
     image, text, scale_ptr, labels_ptr, row_groups_ptr, col_groups_ptr,
-    positive_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr,
-    n, m, d, offset, cols_per_part,
+    positive_ptr, row_max_ptr, row_sum_ptr, col_max_ptr, col_sum_ptr, kept_ptr,
+    n, m, d, offset, cols_per_part, kept_rows, stride_km,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """row_max, row_sum (C, n) and col_max, col_sum (P, M) of the negatives of each program (p, c); positive (n,).
 
     col_max and col_sum come in as those of an empty set, EMPTY and 0, positive as NaN. labels_ptr may be None, and
-    so may both groups.
+    so may both groups, and kept_ptr: (kept_rows, m) of the negatives.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
     scale = tl.load(scale_ptr)
@@ -126,6 +132,10 @@ def _statistics_kernel(
             if row_groups_ptr is not None:
                 outside |= _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m)
             z = tl.where(is_positive | outside, float("-inf"), z)
+            if kept_ptr is not None:  # noqa: SIM102 (known when the kernel is compiled, the other is not)
+                if start_m < kept_rows:
+                    kept_ptrs = kept_ptr + offs_m.to(tl.int64)[:, None] * stride_km + offs_n[None, :]
+                    tl.store(kept_ptrs, z, mask=(offs_m < kept_rows)[:, None] & (offs_n < m)[None, :])
             row_max, row_sum = _fold(z, row_max, row_sum, 1)
 
             mask_n = offs_n < m
@@ -140,13 +150,41 @@ def _statistics_kernel(
 
 
 @triton.jit
+def _d_logits(z, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, offs_m, offs_n, mask_m, mask_n):
+    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j)."""
+    row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=float("inf"))
+    d_row = tl.load(d_row_ptr + offs_m, mask=mask_m, other=0.0)
+    d_col = tl.load(d_col_ptr + offs_n, mask=mask_n, other=0.0)
+    return d_row[:, None] * tl.exp(z - row_lse[:, None]) + d_col[None, :] * tl.exp(z - col_lse[None, :])
+
+
+@triton.jit
+def _d_kept_kernel(
+    kept_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, d_logits_ptr,
+    n, m, stride_km, stride_dm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz of the negatives that were kept, -inf where none is."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < n, offs_n < m
+    inside = mask_m[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    z = tl.load(kept_ptr + rows * stride_km + offs_n[None, :], mask=inside, other=float("-inf"))
+    d_z = _d_logits(z, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, offs_m, offs_n, mask_m, mask_n)
+    d_ptrs = d_logits_ptr + rows * stride_dm + offs_n[None, :]
+    tl.store(d_ptrs, d_z.to(d_logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _d_logits_kernel(
     image, text, scale_ptr, labels_ptr, row_groups_ptr, col_groups_ptr,
     row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, d_logits_ptr,
     n, m, d, offset, stride_dm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """dz_ij = d_row_i exp(z_ij - row_lse_i) + d_col_j exp(z_ij - col_lse_j) of the negatives, zero elsewhere."""
+    """dz of the negatives (`_d_logits`), zero elsewhere."""
     blocks_m, blocks_n = tl.cdiv(n, BLOCK_M), tl.cdiv(m, BLOCK_N)
     pid = tl.program_id(0)
     first_m = pid // (GROUP_M * blocks_n) * GROUP_M  # GROUP_M blocks of rows share their columns in the cache
@@ -156,11 +194,7 @@ def _d_logits_kernel(
     z = _logits(image, text, tl.load(scale_ptr), start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < n, offs_n < m
-    row_lse = tl.load(row_lse_ptr + offs_m, mask=mask_m, other=float("inf"))
-    col_lse = tl.load(col_lse_ptr + offs_n, mask=mask_n, other=float("inf"))
-    d_row = tl.load(d_row_ptr + offs_m, mask=mask_m, other=0.0)
-    d_col = tl.load(d_col_ptr + offs_n, mask=mask_n, other=0.0)
-    d_z = d_row[:, None] * tl.exp(z - row_lse[:, None]) + d_col[None, :] * tl.exp(z - col_lse[None, :])
+    d_z = _d_logits(z, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr, offs_m, offs_n, mask_m, mask_n)
     masked = _labels(labels_ptr, offs_m, mask_m, offset)[:, None] == offs_n[None, :]
     if row_groups_ptr is not None:
         masked |= _same_group(row_groups_ptr, col_groups_ptr, offs_m, offs_n, n, m)
@@ -209,9 +243,11 @@ def statistics(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Statistics:
     """As `reference.statistics`."""
-    image, text, tiles = _aligned(image_features), _aligned(text_features), TILES[image_features.dtype]
+    image, text = _aligned(image_features), _aligned(text_features)
+    tiles = (TILES if kept is None else KEEPING_TILES)[image.dtype]
     (n, d), m, programs = image.shape, text.shape[0], _programs(image.device)
     rows = min(programs, triton.cdiv(n, tiles.block_m))
     cols_per_part = triton.cdiv(triton.cdiv(m, tiles.block_n), max(1, programs // rows)) * tiles.block_n
@@ -222,7 +258,8 @@ def statistics(
     with _on(image.device):
         _statistics_kernel[(rows, parts)](
             *_descriptors(image, text, tiles), logit_scale, *_contiguous(labels, row_groups, col_groups),
-            positive, row_max, row_sum, col_max, col_sum, n, m, d, offset, cols_per_part, **tiles.arguments(),
+            positive, row_max, row_sum, col_max, col_sum, kept, n, m, d, offset, cols_per_part,
+            *(0, 0) if kept is None else (kept.shape[0], kept.stride(0)), **tiles.arguments(),
         )  # fmt: skip
     return Statistics(positive, *_merge(row_max, row_sum), *_merge(col_max, col_sum))
 
@@ -239,6 +276,7 @@ def negative_gradients(
     labels: Tensor | None = None,
     row_groups: Tensor | None = None,
     col_groups: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
     n, m = image_features.shape[0], text_features.shape[0]
@@ -250,18 +288,29 @@ def negative_gradients(
     grad_image, grad_text = (torch.zeros_like(x, dtype=torch.float32) for x in (image_features, text_features))
     (left, image_unit), (right, text_unit) = _as_half(image_features), _as_half(text_features)
     scratch = left.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
-    for i in range(0, n, CHUNK_ROWS):
-        rows = slice(i, min(i + CHUNK_ROWS, n))
+    kept_rows = 0 if kept is None else kept.shape[0]
+    for rows in _row_chunks(n, kept_rows):
+        i = rows.start
         for j in range(0, m, CHUNK_COLS):
             cols = slice(j, min(j + CHUNK_COLS, m))
             d_logits = scratch[: rows.stop - i, : cols.stop - j]
-            mask = (_part(labels, rows), _part(row_groups, rows), _part(col_groups, cols))
             weights = (row_lse[rows], col_lse[cols], d_row[rows], d_col[cols])
-            shift = -j if labels is not None else offset + i - j
-            _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, mask, weights, shift)
+            if kept is not None and rows.stop <= kept_rows:
+                _fill_from_kept(d_logits, kept[rows, cols], weights)
+            else:
+                mask = (_part(labels, rows), _part(row_groups, rows), _part(col_groups, cols))
+                shift = -j if labels is not None else offset + i - j
+                _fill_d_logits(d_logits, image[rows], text[cols], logit_scale, mask, weights, shift)
             grad_image[rows] += product(d_logits, right[cols])
             grad_text[cols] += product(d_logits.T, left[rows])
     return grad_image.mul_(unit * text_unit), grad_text.mul_(unit * image_unit)
+
+
+def _row_chunks(n: int, kept_rows: int) -> Iterator[slice]:
+    """Chunks of at most CHUNK_ROWS rows, each of which is kept, or is not."""
+    for first, last in ((0, kept_rows), (kept_rows, n)):
+        for i in range(first, last, CHUNK_ROWS):
+            yield slice(i, min(i + CHUNK_ROWS, last))
 
 
 def _as_half(x: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -295,25 +344,45 @@ def _fill_d_logits(
         )  # fmt: skip
 
 
+def _fill_from_kept(d_logits: Tensor, kept: Tensor, weights: tuple[Tensor, ...]) -> None:
+    n, m = kept.shape
+    with _on(kept.device):
+        _d_kept_kernel[(triton.cdiv(n, KEPT_BLOCK[0]), triton.cdiv(m, KEPT_BLOCK[1]))](
+            kept, *weights, d_logits, n, m, kept.stride(0), d_logits.stride(0), *KEPT_BLOCK
+        )  # fmt: skip
+
+
 def configurations() -> list[dict[str, Any]]:
     """Every kernel in every launch configuration, as `fastclip.testing.compile_offline` takes them."""
-    masks = {"labels_ptr": "*i64", "row_groups_ptr": "*i64", "col_groups_ptr": "*i64"}
+    labels, groups = {"labels_ptr": "*i64"}, {"row_groups_ptr": "*i64", "col_groups_ptr": "*i64"}
+    kept = {"kept_ptr": "*fp32"}
     cases = []
-    for dtype, tiles in TILES.items():
-        name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        special = masks | {
-            "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
-            "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
-            "d_logits_ptr": "*fp32" if dtype == torch.float32 else "*fp16",
-        }
-        kernels: tuple[tuple[Any, dict[str, int]], ...] = (
-            (_statistics_kernel, {}),
-            (_d_logits_kernel, {"GROUP_M": GROUP_M}),
-        )
-        for (kernel, more), absent in itertools.product(kernels, (tuple(masks), tuple(masks)[1:], ())):
-            types = {arg: special.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
-            arguments = tiles.arguments() | more
-            options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
-            constants = arguments | dict.fromkeys(absent)
-            cases.append({"kernel": kernel, "types": types, "constants": constants, "options": options})
+    for dtype in TILES:
+        for given in ({}, labels, labels | groups):
+            cases.append(_configuration(_statistics_kernel, dtype, TILES, given))
+            cases.append(_configuration(_statistics_kernel, dtype, KEEPING_TILES, given | kept))
+            cases.append(_configuration(_d_logits_kernel, dtype, TILES, given, GROUP_M=GROUP_M))
+    for kind in ("*fp16", "*fp32"):
+        types = {arg: "*fp32" if arg.endswith("_ptr") else "i32" for arg in _d_kept_kernel.arg_names}
+        types["d_logits_ptr"] = kind
+        constants = dict(zip(("BLOCK_M", "BLOCK_N"), KEPT_BLOCK, strict=True))
+        cases.append({"kernel": _d_kept_kernel, "types": types, "constants": constants, "options": {}})
     return cases
+
+
+def _configuration(
+    kernel: Any, dtype: torch.dtype, table: dict[torch.dtype, Tiles], given: dict[str, str], **constants: int | None
+) -> dict[str, Any]:
+    """given: the types of those pointers that may be None and are not."""
+    name, tiles = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype], table[dtype]
+    special = given | {
+        "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
+        "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
+        "d_logits_ptr": "*fp32" if dtype == torch.float32 else "*fp16",
+    }
+    types = {arg: special.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
+    constants |= tiles.arguments()
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    optional = ("labels_ptr", "row_groups_ptr", "col_groups_ptr", "kept_ptr")
+    constants |= {arg: None for arg in optional if arg in kernel.arg_names and arg not in given}
+    return {"kernel": kernel, "types": types, "constants": constants, "options": options}

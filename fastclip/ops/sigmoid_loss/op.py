@@ -8,16 +8,14 @@ row's own; what is O(N D), the own pairs and the gradients of scale and bias, is
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastclip.ops._rows import add_scaled, dots, inner_product, total
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 from fastclip.ops.sigmoid_loss.implementations import implementation
 from fastclip.ops.sigmoid_loss.reference import softplus
 from fastclip.ops.sigmoid_loss.types import Block
-
-_SUM_ROWS = 1024
 
 _library = torch.library.Library("fastclip", "FRAGMENT")
 _BLOCK = (
@@ -39,20 +37,13 @@ def _block(
     row_groups: Tensor | None,
     col_groups: Tensor | None,
     offset: int,
-) -> tuple[Block, Tensor, Tensor, Tensor]:
-    """(block, image (n, D), own text (n, D), logits of the own pairs (n,)), all but the block in the accumulation
-    dtype."""
+) -> tuple[Block, Tensor, Tensor]:
+    """(block, own text (n, D), logits of the own pairs (n,) in the accumulation dtype)."""
     dtype = accumulation_dtype(image_features.dtype)
     scale, bias = logit_scale.to(dtype), logit_bias.to(dtype)
-    image = image_features.to(dtype)
-    own_text = text_features[offset : offset + image.shape[0]].to(dtype)
+    own_text = text_features[offset : offset + image_features.shape[0]]
     block = Block(image_features, text_features, scale, bias, row_groups, col_groups, offset)
-    return block, image, own_text, (image * own_text).sum(1).mul_(scale).add_(bias)
-
-
-def _total(x: Tensor) -> Tensor:
-    """The sum of x (n,), in parts whose order does not depend on the number of threads as `Tensor.sum`'s does."""
-    return F.pad(x, (0, -x.shape[0] % _SUM_ROWS)).view(-1, _SUM_ROWS).sum(1).sum()
+    return block, own_text, dots(image_features, own_text, dtype).mul_(scale).add_(bias)
 
 
 def _fwd(
@@ -67,9 +58,7 @@ def _fwd(
 ) -> Tensor:
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
-        block, _, _, own = _block(
-            image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset
-        )
+        block, _, own = _block(image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset)
         return kernels.losses(block).add_(softplus(-own))
 
 
@@ -86,17 +75,17 @@ def _fwd_bwd(
 ) -> tuple[Tensor, ...]:
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
-        block, image, own_text, own = _block(
+        block, own_text, own = _block(
             image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset
         )
         others = kernels.losses_and_gradients(block, weights)
         d_own = -weights * (-own).sigmoid()  # softplus'(-z) by z, weighted
         grad_image, grad_text = others.grad_image, others.grad_text
-        grad_image.addcmul_(d_own[:, None], own_text)
-        grad_text[offset : offset + image.shape[0]].addcmul_(d_own[:, None], image)
+        add_scaled(grad_image, d_own, own_text)
+        add_scaled(grad_text[offset : offset + image_features.shape[0]], d_own, image_features)
         loss = others.loss.add_(softplus(-own))
-        d_logit_scale = _total((image * grad_image).sum(1))  # sum_ij dz_ij cos_ij, without another pass over the matrix
-        d_logit_bias = _total(weights * others.d_logits + d_own)
+        d_logit_scale = inner_product(image_features, grad_image)  # sum_ij dz_ij cos_ij, without a pass over the matrix
+        d_logit_bias = total(weights * others.d_logits + d_own)
         return loss, grad_image.mul_(block.logit_scale), grad_text.mul_(block.logit_scale), d_logit_scale, d_logit_bias
 
 
@@ -124,7 +113,7 @@ class _SigmoidSum(torch.autograd.Function):
         loss, *grads = torch.ops.fastclip.sigmoid_loss_fwd_bwd(*inputs)
         ctx.save_for_backward(*grads, loss)
         ctx.dtypes = [x.dtype for x in inputs[:4]]
-        return _total(inputs[7] * loss)
+        return total(inputs[7] * loss)
 
     @staticmethod
     @once_differentiable
@@ -201,4 +190,4 @@ def sigmoid_sum(
     arguments = (image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:4], weights)):
         return _SigmoidSum.apply(*arguments, weights, impl)
-    return _total(weights * torch.ops.fastclip.sigmoid_loss_fwd(*arguments, impl))
+    return total(weights * torch.ops.fastclip.sigmoid_loss_fwd(*arguments, impl))
