@@ -17,6 +17,7 @@ VERBS = {
     "train": ("fastclip.training.__main__", "train a model (one process), or resume a run"),
     "eval": ("fastclip.cli.eval", "zero-shot and retrieval figures of a checkpoint"),
     "search": ("fastclip.cli.search", "the best images for a sentence, or captions for an image"),
+    "convert": ("fastclip.cli.convert", "a checkpoint in another package's form, bit for bit"),
     "data demo": ("fastclip.cli.data_demo", "write the embedded data set: no download"),
     "data stats": ("fastclip.cli.data_stats", "what is in some shards, and what would be skipped"),
     "build": ("fastclip.cli.build", "compile the C++ kernels for the CPU"),
