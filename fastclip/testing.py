@@ -173,7 +173,7 @@ class Usage(NamedTuple):
 
 
 def compile_offline(
-    kernel: Any, types: dict[str, str], constants: dict[str, int], options: dict[str, int], capability: int
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
 ) -> Usage:
     """Compiles a Triton kernel for compute capability 80, 90 or 100 without a GPU; run without TRITON_INTERPRET.
 
@@ -183,8 +183,14 @@ def compile_offline(
         constants: the values of the constexpr arguments.
         options: num_warps, num_stages.
     """
+    return usage_of(compiled_offline(kernel, types, constants, options, capability))
+
+
+def compiled_offline(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
+) -> Any:
+    """What Triton makes of it (`asm["ptx"]`, `asm["cubin"]`, `metadata`); arguments as `compile_offline`."""
     import triton
-    import triton.backends.nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -196,7 +202,13 @@ def compile_offline(
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage_of(compiled: Any) -> Usage:
+    """What `cuobjdump` says of a compiled kernel."""
+    import triton.backends.nvidia
+
     cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
