@@ -29,14 +29,19 @@ def find_source(checkpoint: str, data: str) -> Source:
 
     Raises UserError where there is none, naming what to do.
     """
+    resolved = chosen_checkpoint(checkpoint)
+    return Source(resolved, Path(data) if data else _data_of(resolved))
+
+
+def chosen_checkpoint(checkpoint: str) -> Path:
+    """The step folder or file of weights that `checkpoint` means; "" is the newest run's latest step."""
     from fastclip.models import resolve_checkpoint
 
     chosen = Path(checkpoint) if checkpoint else newest_run()
     try:
-        resolved = chosen if chosen.is_file() else resolve_checkpoint(chosen)
+        return chosen if chosen.is_file() else resolve_checkpoint(chosen)
     except FileNotFoundError as error:
         raise UserError(f"{error}; `make demo` trains a run into runs/demo") from None
-    return Source(resolved, Path(data) if data else _data_of(resolved))
 
 
 def newest_run(runs: Path = RUNS) -> Path:

@@ -15,8 +15,11 @@ from fastclip._version import __version__
 # verb -> (module with `main(arguments) -> int | None`, one line for the help)
 VERBS = {
     "train": ("fastclip.training.__main__", "train a model (one process), or resume a run"),
+    "plan": ("fastclip.cli.plan", "memory and time of a run, before it is started"),
     "eval": ("fastclip.cli.eval", "zero-shot and retrieval figures of a checkpoint"),
     "search": ("fastclip.cli.search", "the best images for a sentence, or captions for an image"),
+    "index": ("fastclip.cli.index", "an index of many images, to search in a moment"),
+    "serve": ("fastclip.cli.serve", "a page with a search box for an index, on this machine"),
     "convert": ("fastclip.cli.convert", "a checkpoint in another package's form, bit for bit"),
     "data demo": ("fastclip.cli.data_demo", "write the embedded data set: no download"),
     "data stats": ("fastclip.cli.data_stats", "what is in some shards, and what would be skipped"),

@@ -26,11 +26,13 @@ _FILE_TYPES = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp", b"BM": "b
 class Search:
     """The best images for a sentence, or the best captions for an image.
 
-    Looks through every held-out set of a folder, without an index.
+    Looks through every held-out set of a folder, or through an index of any number of images.
 
     Example: fastclip search "a red circle above a blue square" --save found
 
     Example: fastclip search --image found/01_scenes_test-000123.png
+
+    Example: fastclip search "a sleepy cat" --index runs/demo/index --where source=scenes --html found.html
     """
 
     sentence: Annotated[
@@ -39,6 +41,14 @@ class Search:
     """What the images should show."""
     image: Annotated[str, optional("FILE", "search by sentence")] = ""
     """A PNG, JPEG, WebP or BMP file to find captions for, instead of a sentence."""
+    index: Annotated[str, optional("DIR", "none, the held-out sets are looked through")] = ""
+    """An index that fastclip index made."""
+    where: tuple[str, ...] = ()
+    """With --index: only images with this metadata, field=value or field!=value, all of them."""
+    similar: bool = False
+    """With --index and --image: similar images instead of captions."""
+    html: Annotated[str, optional("FILE", "none is written")] = ""
+    """A page of the found images."""
     checkpoint: Checkpoint = ""
     """A run (its latest step), a step folder or a file of weights."""
     data: Data = ""
@@ -60,6 +70,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(Search, "search", arguments)
     sentence = " ".join(options.sentence)
     image = _checked(options, sentence)
+    if options.index:
+        from fastclip.cli.search_index import search_index
+
+        return search_index(options, sentence, image)
     source = find_source(options.checkpoint, options.data)
     encoder = load_encoder(source, options.tokenizer, options.precision, options.batch_size)
     from fastclip.evaluation import eval_sets
@@ -73,18 +87,31 @@ def main(arguments: Sequence[str]) -> None:
         lines = [(n, f"{found.score:.3f}", printable(found.caption)) for n, found in enumerate(captions, 1)]
         print(table([("rank", "score", f"caption for {options.image}"), *lines], left=(2,)))
         return
-    _warn_if_cut(encoder, sentence)
+    warn_if_cut(encoder, sentence)
     images = best_images(encoder, sentence, sets, options.top)
     rows = [
         (n, f"{found.score:.3f}", printable(found.key), printable(found.caption)) for n, found in enumerate(images, 1)
     ]
     print(table([("rank", "score", "key", "its first caption"), *rows], left=(2, 3)))
+    keep(options, sentence, [(found.score, found.key, found.caption, found.file) for found in images])
+
+
+def keep(options: Search, asked: str, found: Sequence[tuple[float, str, str, bytes]]) -> None:
+    """What --save and --html ask for, of (score, key, caption, file) best first."""
     if options.save:
         folder = Path(options.save)
         folder.mkdir(parents=True, exist_ok=True)
-        for rank, found in enumerate(images, 1):
-            (folder / _file_name(rank, found.key, found.file)).write_bytes(found.file)
-        print(f"\nSaved {len(images)} images in {folder}")
+        for rank, (_, key, _, file) in enumerate(found, 1):
+            (folder / _file_name(rank, key, file)).write_bytes(file)
+        print(f"\nSaved {len(found)} images in {folder}")
+    if options.html:
+        from fastclip.evaluation.gallery import data_uri
+        from fastclip.report.search_page import Result, SearchPage, render_search
+
+        results = [Result(data_uri(file), score, key, caption) for score, key, caption, file in found]
+        page = render_search(SearchPage(title="FastCLIP search", results=results, asked=asked))
+        Path(options.html).write_bytes(page.encode("utf-8", "replace"))
+        print(f"\nWritten: {options.html}")
 
 
 def _checked(options: Search, sentence: str) -> Image | None:
@@ -93,14 +120,18 @@ def _checked(options: Search, sentence: str) -> Image | None:
         raise UserError(f"--top must be at least 1, was {options.top}")
     if options.save and Path(options.save).is_file():
         raise UserError(f"--save must be a folder, {options.save} is a file")
+    if not options.index and (options.where or options.similar):
+        raise UserError("--where and --similar need an --index")
+    if options.html and Path(options.html).is_dir():
+        raise UserError(f"--html must be a file, {options.html} is a folder")
     if not options.image:
         if not sentence.strip():
             raise UserError('there is nothing to search for: give a sentence such as "a red circle", or --image FILE')
         return None
     if sentence.strip():
         raise UserError("give a sentence or --image, not both")
-    if options.save:
-        raise UserError("--save writes found images, but --image finds captions: leave one out")
+    if (options.save or options.html) and not options.similar:
+        raise UserError("--save and --html are for found images, but --image finds captions: leave one out")
     from fastclip.data.transforms import decode_image
 
     path = Path(options.image)
@@ -112,7 +143,8 @@ def _checked(options: Search, sentence: str) -> Image | None:
         raise UserError(f"--image {path} must be a PNG, JPEG, WebP or BMP file that can be decoded") from None
 
 
-def _warn_if_cut(encoder: Any, sentence: str) -> None:
+def warn_if_cut(encoder: Any, sentence: str) -> None:
+    """Says on stderr that the model does not read the whole sentence, where that is so."""
     tokens, most = len(encoder.tokenizer.encode(sentence)), encoder.config.text.context_length - 2
     if tokens > most:
         print(f"The sentence has {tokens} tokens, the model reads the first {most}.", file=sys.stderr)

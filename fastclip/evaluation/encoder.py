@@ -82,14 +82,22 @@ class Encoder:
         pixels = torch.from_numpy(eval_pixels(image.convert("RGB"), self.config.vision.image_size).copy())
         return self._encode(1, lambda start, stop: self._image_batch(pixels[None]))[0]
 
+    @torch.no_grad()
+    def logit_scale(self) -> float:
+        """The factor itself, not its logarithm."""
+        return float(self._forward_of_texts(["a"])["logit_scale"])
+
     def _image_batch(self, pixels: Tensor) -> Tensor:
         config = self.config
         image = normalize_image(pixels.to(self.device), config.image_mean, config.image_std, self.dtype)
         return self.forward(image, None)["image_features"]
 
     def _text_batch(self, texts: list[str]) -> Tensor:
+        return self._forward_of_texts(texts)["text_features"]
+
+    def _forward_of_texts(self, texts: list[str]) -> dict[str, Tensor]:
         ids = self.tokenizer(texts, self.config.text.context_length)
-        return self.forward(None, ids.to(self.device))["text_features"]
+        return self.forward(None, ids.to(self.device))
 
     @torch.no_grad()
     def _encode(self, count: int, encode: Callable[[int, int], Tensor]) -> Tensor:

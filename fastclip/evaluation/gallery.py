@@ -70,11 +70,15 @@ def _best(query: Tensor, items: Tensor) -> tuple[list[float], list[int]]:
 
 
 def _data_uri(source: ImageSource, number: int) -> str:
-    """A small PNG of an image of the set; an image that cannot be decoded is the gray that the model saw."""
+    return data_uri(source.image_file(number))
+
+
+def data_uri(file: bytes) -> str:
+    """A small PNG of an image file; one that cannot be decoded is the gray that the model saw."""
     from PIL import Image
 
     try:
-        image = decode_image(source.image_file(number))
+        image = decode_image(file)
     except ValueError:
         image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (128, 128, 128))
     image.thumbnail((THUMBNAIL, THUMBNAIL))

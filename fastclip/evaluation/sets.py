@@ -66,6 +66,25 @@ class ImageFiles:
         return eval_batch(numbers, self.image_file, self._image_size, self.skipped)
 
 
+class Subset:
+    """Some images of an `ImageSource`."""
+
+    def __init__(self, source: ImageSource, numbers: Sequence[int]) -> None:
+        self._source, self._numbers, self.skipped = source, list(numbers), source.skipped
+        self.keys = [source.keys[number] for number in self._numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def images(self, start: int, stop: int) -> Tensor:
+        """See `ImageSource`."""
+        return torch.cat([self._source.images(number, number + 1) for number in self._numbers[start:stop]])
+
+    def image_file(self, number: int) -> bytes:
+        """See `ImageSource`."""
+        return self._source.image_file(self._numbers[number])
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """One set: its images and what is asked of them.
@@ -135,6 +154,37 @@ def _shards(folder: Path, name: str, tokenizer: Tokenizer, image_size: int) -> H
         return one
     classnames, templates = read_classes(path)
     return replace(one, task="zero_shot", labels=eval_set.labels, classnames=classnames, templates=templates)
+
+
+def training_part(
+    folder: str | Path, held_out: HeldOut, tokenizer: Tokenizer, image_size: int, at_most: int
+) -> tuple[ImageSource, Tensor] | None:
+    """The first `at_most` labelled images to train a probe on for a set of `find_sets(folder)`, None if none lie there.
+
+    In our shards: `<name>_train-*.tar` beside `<name>_test-*.tar`, else the samples of `train-*.tar` that have a label;
+    in the other layouts the split "train".
+    """
+    folder = Path(folder)
+    if held_out.layout == "shards":
+        stem = held_out.name.removesuffix(HELD_OUT)
+        shards = sorted(folder.glob(f"{stem}_train-*.tar")) or sorted(folder.glob("train-*.tar"))
+        if not shards:
+            return None
+        source: ImageSource = EvalSet(shards, tokenizer, image_size)
+        found = [record.get("label") for record in source.records]  # type: ignore[attr-defined]
+    else:
+        inside = folder / held_out.name if (folder / held_out.name).is_dir() else folder
+        if not (inside / "train").is_dir():
+            return None
+        one = next(iter(find_sets(inside, tokenizer, image_size, "train").values()))
+        if one.labels is None or one.task != "zero_shot":
+            return None
+        source, found = one.images, one.labels.tolist()
+    labels = {number: label for number, label in enumerate(found) if isinstance(label, int)}
+    numbers = list(labels)[:at_most]
+    if not numbers:
+        return None
+    return Subset(source, numbers), torch.tensor([labels[number] for number in numbers])
 
 
 def read_classes(path: Path) -> tuple[list[str], Templates]:

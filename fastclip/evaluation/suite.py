@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastclip.data import EvalSet, Tokenizer
 from fastclip.errors import UserError
+from fastclip.evaluation.clip_suite import clip_suite
 from fastclip.evaluation.encoder import Encoder
 from fastclip.evaluation.gallery import Gallery
 from fastclip.evaluation.retrieval import retrieval
@@ -36,17 +37,24 @@ def eval_sets(folder: str | Path, tokenizer: Tokenizer, image_size: int) -> dict
 
 
 def evaluate_folder(
-    encoder: Encoder, folder: str | Path, with_gallery: bool = False, split: str = "test"
+    encoder: Encoder, folder: str | Path, with_gallery: bool = False, split: str = "test", with_suite: bool = False
 ) -> dict[str, Any]:
-    """{"data": folder, "sets": {name: figures}}, and "gallery" when asked for; the same on every rank.
+    """{"data": folder, "sets": {name: figures}}, and "gallery" and "suite" when asked for; the same on every rank.
 
-    See `sets` for the layouts that a folder may have; `split` is the one to evaluate where there are several.
+    See `sets` for the layouts that a folder may have, and `clip_suite` for the figures of "suite"; `split` is the one
+    to evaluate where there are several.
     """
     found = find_sets(folder, encoder.tokenizer, encoder.config.vision.image_size, split)
     gallery = Gallery() if with_gallery else None
-    sets = {name: evaluate_set(encoder, held_out, gallery)[0] for name, held_out in found.items()}
-    results = {"data": str(folder), "sets": sets}
-    return results | {"gallery": gallery.to_dict()} if gallery else results
+    sets, suite = {}, {}
+    for name, held_out in found.items():
+        sets[name], images, texts = evaluate_set(encoder, held_out, gallery)
+        if with_suite:
+            suite[name] = clip_suite(encoder, folder, held_out, images, texts)
+    results: dict[str, Any] = {"data": str(folder), "sets": sets}
+    if gallery:
+        results["gallery"] = gallery.to_dict()
+    return results | {"suite": suite} if with_suite else results
 
 
 def evaluate_set(

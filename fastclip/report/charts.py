@@ -11,8 +11,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +50,22 @@ class Curve:
         return f"series-{self.colour % SERIES + 1} dash-{self.dash % len(_DASHES)}"
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A chart and the words around it."""
+
+    title: str
+    unit: str
+    latest: str
+    label: str  # what the curve says, for those who do not see it
+    svg: str
+    wide_svg: str = ""
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    axis: str = "step"
+    after: str = "last"  # behind the latest value
+    key: str = ""  # its name as a file
+
+
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """At most `POINTS` blocks of equally many lines: mean x, then mean, lowest and highest finite y (NaN if none)."""
     import numpy as np
@@ -75,27 +93,50 @@ def curves_svg(
     log: bool = False,
     ceiling: float | None = None,
     marks: bool = False,
+    xticks: Mapping[float, str] | None = None,
+    xlog: bool = False,
 ) -> str:
     """An `<svg>` of lines over steps; `name` keeps its ids apart from other charts'.
 
     `form` writes the y axis, `reference` is a level and its words, `log` allows a log scale, `ceiling` is the least top
-    of the y axis (values from 0), `marks` puts a dot on every point.
+    of the y axis (values from 0), `marks` puts a dot on every point, `xticks` are the x axis's places and words where
+    it does not count steps, `xlog` makes it a log scale.
     """
+    with _axes(size) as (figure, axes):
+        for curve in curves:
+            _draw(axes, curve, marks)
+        _scale(axes, curves, log, ceiling, reference)
+        if xlog:
+            axes.set_xscale("log")
+        _dress(axes, form or short, xticks)
+        if reference:
+            _draw_reference(axes, *reference)
+        return _inline(figure, name)
+
+
+def points_svg(name: str, clouds: Sequence[Sequence[tuple[float, float]]], size: tuple[int, int] = SMALL) -> str:
+    """An `<svg>` of clouds of points, each in its colour; both axes have one scale."""
+    with _axes(size) as (figure, axes):
+        for place, points in enumerate(clouds):
+            xs, ys = zip(*points, strict=True)
+            axes.scatter(xs, ys, s=6, color=f"#00001{place % SERIES}", alpha=0.55, linewidths=0)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.margins(0.05)
+        _dress(axes, short, {})
+        return _inline(figure, name)
+
+
+@contextmanager
+def _axes(size: tuple[int, int]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of `size` points under matplotlib's own settings: a user's matplotlibrc must not change the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
+        matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastclip", "font.size": 11})
         figure = Figure(figsize=(size[0] / 72, size[1] / 72))
-        axes = figure.add_axes((42 / size[0], 24 / size[1], 1 - 54 / size[0], 1 - 34 / size[1]))
-        for curve in curves:
-            _draw(axes, curve, marks)
-        _scale(axes, curves, log, ceiling, reference)
-        _dress(axes, form or short)
-        if reference:
-            _draw_reference(axes, *reference)
-        return _inline(figure, name)
+        yield figure, figure.add_axes((42 / size[0], 24 / size[1], 1 - 54 / size[0], 1 - 34 / size[1]))
 
 
 def _draw(axes: Axes, curve: Curve, marks: bool) -> None:
@@ -124,8 +165,16 @@ def _scale(
     axes.set_ylim(low, low + (top - low) * 1.06 or 1.0)
 
 
-def _dress(axes: Axes, form: Callable[[float], str]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+def _dress(axes: Axes, form: Callable[[float], str], xticks: Mapping[float, str] | None) -> None:
+    from matplotlib.ticker import (
+        FixedFormatter,
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
@@ -135,8 +184,13 @@ def _dress(axes: Axes, form: Callable[[float], str]) -> None:
     axes.grid(axis="y", color=_GRID, linewidth=1)
     axes.tick_params(length=0, pad=5, labelcolor=_INK)
     axes.margins(x=0.03)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    if xticks is None:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    else:
+        axes.xaxis.set_major_locator(FixedLocator(list(xticks)))
+        axes.xaxis.set_major_formatter(FixedFormatter(list(xticks.values())))
+        axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -161,6 +215,22 @@ def short(value: float) -> str:
         digits, exponent = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(exponent)}"
     return f"{value:.4g}"
+
+
+def share_tick(share: float) -> str:
+    """A tick's share: 12.5%."""
+    return f"{short(round(100 * share, 6))}%"
+
+
+def standalone_svg(svg: str) -> str:
+    """An inline `<svg>` of this module as a file: colours and font of its own, light or dark as the reader's screen."""
+    width, height = re.findall(r"\d+", svg.split('viewBox="', 1)[1].split('"', 1)[0])[2:4]
+    css = (Path(__file__).parent / "style.css").read_text("utf-8")
+    light, dark = (body for body in re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2])
+    style = f"svg{{{light}color:var(--ink);font-family:system-ui,sans-serif}}"
+    style += f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" '
+    return f'{head}height="{height}" ' + svg.removeprefix("<svg ").replace(">", f"><style>{style}</style>", 1) + "\n"
 
 
 def _inline(figure: Figure, name: str) -> str:

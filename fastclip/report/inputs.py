@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastclip.errors import UserError
+from fastclip.report.suite import SuiteSet, read_suite
 
 # The numbers of a line of metrics.jsonl that the page shows.
 COLUMNS = (
@@ -124,6 +125,7 @@ class Run:
     environment: dict[str, Any]
     evaluations: list[Evaluation]
     gallery: Gallery | None
+    suite: list[SuiteSet]
     notes: list[str] = field(default_factory=list)
 
 
@@ -145,6 +147,7 @@ def read_run(run: str | Path) -> Run:
         environment=_read(folder / "environment.json", folder, _mapping, notes) or {},
         evaluations=sorted((e for e in evaluations if e), key=lambda e: e.step),
         gallery=_read(folder / "eval" / "gallery.json", folder, _gallery, notes),
+        suite=_read(folder / "eval" / "suite.json", folder, read_suite, notes) or [],
         notes=notes,
     )
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastclip.report import words
-from fastclip.report.charts import SERIES, SMALL, WIDE, Curve, block_size, curves_svg, short
+from fastclip.report.charts import SERIES, SMALL, WIDE, Chart, Curve, block_size, curves_svg, share_tick
 from fastclip.report.confusion import confusion_view
 from fastclip.report.inputs import Retrieval, Run, ZeroShot
+from fastclip.report.suite import suite_charts
+
+if TYPE_CHECKING:
+    import jinja2
 
 _HERE = Path(__file__).parent
 _ARROWS = {"image_to_text": "Image \u2192 text", "text_to_image": "Text \u2192 image"}
@@ -32,28 +36,9 @@ class Tile:
     lead: bool = False
 
 
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    unit: str
-    latest: str
-    label: str  # what the curve says, for those who do not see it
-    svg: str
-    wide_svg: str = ""
-    legend: list[tuple[str, str]] = field(default_factory=list)
-
-
 def render(run: Run) -> str:
     """The page's HTML."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(_HERE / "templates")
-    templates = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters |= {
-        name: getattr(words, name) for name in ("percent", "count", "number", "duration", "plural", "setting")
-    }
+    templates = environment()
     zero_shot: History[ZeroShot] = {}
     retrieval: History[Retrieval] = {}
     for evaluation in run.evaluations:
@@ -77,8 +62,23 @@ def render(run: Run) -> str:
         confusions=[(step, one, confusion_view(one)) for step, one in _latest(zero_shot) if one.confusion],
         retrieval=[(step, one, _directions(one)) for step, one in _latest(retrieval)],
         retrieval_charts=_retrieval_charts(retrieval),
+        suite=_suite_charts(run, zero_shot),
         ds_config=json.dumps(run.ds_config, indent=2, sort_keys=True) if run.ds_config is not None else "",
     )
+
+
+def environment() -> jinja2.Environment:
+    """The templates with their filters; everything is escaped."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(_HERE / "templates")
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {
+        name: getattr(words, name) for name in ("percent", "count", "number", "duration", "plural", "setting")
+    }
+    return templates
 
 
 def _latest(history: History[S]) -> list[tuple[int, S]]:
@@ -217,7 +217,7 @@ def _metric_chart(
     label = f"{title} ({unit}) over {words.plural(_last_step(run), 'step')}: {say(known[0])} at first, "
     label += f"{say(known[-1])} at last, between {say(min(known))} and {say(max(known))}."
     options: dict[str, Any] = {"reference": reference, "log": log}
-    options |= {"form": _share_tick, "ceiling": 0.1} if share else {}
+    options |= {"form": share_tick, "ceiling": 0.1} if share else {}
     curve = [Curve(steps, values)]
     return Chart(
         title=title,
@@ -227,10 +227,6 @@ def _metric_chart(
         svg=curves_svg(f"train-{name}", curve, size=SMALL, **options),
         wide_svg=curves_svg(f"train-{name}-wide", curve, size=WIDE, **options) if wide else "",
     )
-
-
-def _share_tick(share: float) -> str:
-    return f"{short(round(100 * share, 6))}%"
 
 
 def _zero_shot_chart(history: History[ZeroShot]) -> Chart | None:
@@ -255,6 +251,15 @@ def _retrieval_charts(history: History[Retrieval]) -> list[Chart]:
     return charts
 
 
+def _suite_charts(run: Run, zero_shot: History[ZeroShot]) -> list[Chart]:
+    tops = {name: results[-1][1].top1 for name, results in zero_shot.items()}
+    return [
+        chart
+        for place, one in enumerate(run.suite)
+        for chart in suite_charts(one, f"suite-{place}", tops.get(one.name))
+    ]
+
+
 def _share_chart(key: str, title: str, unit: str, curves: dict[str, Curve]) -> Chart | None:
     """Shares over steps, one line for each name; None where no line has two points."""
     if max((len(curve.x) for curve in curves.values()), default=0) < 2:
@@ -265,7 +270,7 @@ def _share_chart(key: str, title: str, unit: str, curves: dict[str, Curve]) -> C
         unit=unit,
         latest="",
         label=f"{title}, {unit}: {', '.join(said)}.",
-        svg=curves_svg(key, list(curves.values()), form=_share_tick, ceiling=1.0, marks=True),
+        svg=curves_svg(key, list(curves.values()), form=share_tick, ceiling=1.0, marks=True),
         legend=[(curve.css, name) for name, curve in curves.items()],
     )
 
