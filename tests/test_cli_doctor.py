@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,68 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_doctor_says_what_is_chosen_and_why(run: Run) -> None:
-    from fastclip.ops import attention, contrastive_loss, sigmoid_loss
-
     status, out, _ = run("doctor")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 80
-    assert f"torch            {torch.__version__}" in out
+    assert f"torch {torch.__version__} everything" in " ".join(out.split())
     status, text, _ = run("doctor", "--json")
     assert status == 0
     report = json.loads(text)
-    explained = {
-        "contrastive_loss": contrastive_loss.explain,
-        "sigmoid_loss": sigmoid_loss.explain,
-        "attention": attention.explain,
-    }
-    sizes = {name: dict(cases) for name, cases in doctor.CASES.items()}
-    assert len(report["ops"]) >= 10
+    assert {entry["op"] for entry in report["ops"]} == set(doctor.CASES)
     for entry in report["ops"]:
-        size = sizes[entry["op"]][entry["case"]]
-        verdicts = explained[entry["op"]](entry["device"], getattr(torch, entry["dtype"]), size)
+        explain = import_module(f"fastclip.ops.{entry['op']}").explain
+        size = [] if entry["size"] is None else [entry["size"]]
+        verdicts = explain(entry["device"], getattr(torch, entry["dtype"]), *size)
         assert entry["verdicts"] == [verdict._asdict() for verdict in verdicts]
         for verdict in verdicts:
             if verdict.chosen:
                 assert re.search(rf"{re.escape(entry['case'])} .*{entry['dtype']}.*{verdict.impl}\n", out)
             else:
                 assert verdict.reason in " ".join(out.split())
+
+
+def test_doctor_of_one_op_and_shape(run: Run) -> None:
+    status, out, _ = run("doctor", "--op", "attention", "--size", "197", "--head-dim", "160", "--dtype", "float16")
+    assert status == 0
+    assert out.splitlines()[:2] == ["attention", "  cpu  197 tokens  float16  sdpa"]
+    assert "triton: it takes heads of up to 128 dimensions, not 160" in out
+    assert "cpu: it takes float32 and bfloat16, not torch.float16" in " ".join(out.split())
+    status, out, _ = run("doctor", "--op", "layer_norm", "--json")
+    assert [entry["dtype"] for entry in json.loads(out)["ops"]] == ["float32", "bfloat16"]
+
+
+def test_where_a_reason_holds(run: Run) -> None:
+    _, out, _ = run("doctor", "--op", "attention")
+    told = " ".join(out.split())
+    assert "flash_attn: it takes bfloat16 and float16, not torch.float32 (float32)" in told
+    assert "reference: auto prefers sdpa here (577 tokens)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "3"), "--size, --dtype and --head-dim need --op NAME"),
+        (("--op", "layer_norm", "--size", "3"), "--size has no meaning for layer_norm"),
+        (("--op", "attention", "--size", "-3"), "must be above 0, were -3 and 64"),
+    ],
+)
+def test_options_that_do_not_fit(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    status, _, err = run("doctor", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_a_deepspeed_json_of_the_users(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    for content, words in (
+        ('{"gradient_accumulation_steps": 4}', "! deepspeed_config"),
+        ('{"gradient_clipping": 1.0}', "over the generated JSON it sets gradient_clipping: 1.0 (was 0.0)"),
+        ('{"gradient_clipping": 0.0}', "over the generated JSON it sets nothing"),
+    ):
+        file.write_text(content)
+        status, out, _ = run("doctor", "--deepspeed-config", str(file))
+        assert status == 0
+        assert words in " ".join(out.split())
 
 
 def test_doctor_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +104,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "kernels": None,
         "apex_is_nvidias": None,
         "needs_torch": {},
+        "torch_wants_triton": None,
         "broken": {},
     }
     return plain | changed
@@ -77,6 +116,10 @@ def facts(**changed: Any) -> dict[str, Any]:
         ({"versions": {"deepspeed": "0.18.9"}}, "clash", "deepspeed", "0.18.9 is older than 0.19.8"),
         ({"versions": {"deepspeed": None}}, "note", "deepspeed", "--engine torch"),
         ({"versions": {"triton": None}}, "clash", "triton", "there is a GPU but no triton"),
+        ({"torch_wants_triton": "triton==3.6.0"}, "clash", "triton", "built with triton==3.6.0, this is triton 3.9.0"),
+        ({"versions": {"triton": "3.6.0", "numpy": "2.4.6"}}, "note", "triton", "need numpy below 2.4"),
+        ({"versions": {"transformers": "4.57.1"}}, "note", "transformers", "pip install 'transformers>=5'"),
+        ({"apex_is_nvidias": True}, "note", "apex", 'layer_norm(impl="apex")'),
         ({"gpus": []}, "note", "triton", "in the interpreter only"),
         ({"gpus": [], "versions": {"xformers": "0.0.35"}}, "note", "xformers", "no attention operator for the CPU"),
         ({"apex_is_nvidias": False}, "clash", "apex", "not NVIDIA's"),
@@ -97,7 +140,8 @@ def test_what_does_not_clash() -> None:
     fine = facts(
         apex_is_nvidias=True,
         needs_torch={"torchvision": "torch==2.13", "xformers": "torch>=2.10", "flash-attn": "torch"},
-        versions={"deepspeed": "0.20.0", "xformers": "0.0.35"},
+        torch_wants_triton="triton==3.9.0",
+        versions={"deepspeed": "0.20.0", "xformers": "0.0.35", "transformers": "5.24.0", "numpy": "2.4.6"},
     )
     assert [note.text for note in clashes.clashes(fine) if note.level == "clash"] == []
     assert "gradient_clipping" in clashes.clashes(fine)[0].text
@@ -129,6 +173,6 @@ def test_what_a_distribution_says_of_torch(monkeypatch: pytest.MonkeyPatch) -> N
         (None, None),
     ):
         monkeypatch.setattr(machine, "requires", lambda name, needs=needs: needs)
-        assert machine._need_of_torch("x") == wanted
+        assert machine._need_of("x", "torch") == wanted
     monkeypatch.undo()
-    assert machine._need_of_torch("no-such-distribution") is None
+    assert machine._need_of("no-such-distribution", "torch") is None

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from fastclip.errors import UserError
+
 DEEPSPEED = "0.19.8"
+TRANSFORMERS = "5"  # the drop-in needs its outputs
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     ">=": operator.ge,
@@ -64,7 +67,29 @@ def _deepspeed(facts: dict[str, Any]) -> Iterator[Note]:
     )
 
 
+def deepspeed_settings(path: str) -> Iterator[Note]:
+    """What a DeepSpeed JSON of the user's would do to `fastclip train`; told, not raised."""
+    from fastclip.training.config import TrainConfig
+    from fastclip.training.deepspeed_config import resolve_deepspeed
+
+    try:
+        _, _, changed = resolve_deepspeed(TrainConfig(deepspeed_config=path), world_size=1)
+    except UserError as error:
+        yield Note("clash", "deepspeed", str(error))
+        return
+    yield Note(
+        "note", "deepspeed", f"{path} is taken; over the generated JSON it sets {'; '.join(changed) or 'nothing'}"
+    )
+
+
 def _triton(facts: dict[str, Any]) -> Iterator[Note]:
+    wanted, found = facts["torch_wants_triton"], _installed(facts, "triton")
+    if wanted and found and not _fits(found, wanted):
+        text = f"torch {_installed(facts, 'torch')} was built with {wanted}, this is triton {found}"
+        yield Note("clash", "triton", f"{text}: pip install '{wanted}'")
+    if found and _numbers(found) < (3, 7) and _numbers(_installed(facts, "numpy") or "0") >= (2, 4):
+        text = f"the interpreter of triton {found} breaks with numpy {_installed(facts, 'numpy')}"
+        yield Note("note", "triton", f"{text} in loops with run-time bounds: tests without a GPU need numpy below 2.4")
     if facts["gpus"]:
         if _installed(facts, "triton") is None:
             yield Note("clash", "triton", "there is a GPU but no triton: the fused GPU kernels cannot run")
@@ -81,6 +106,14 @@ def _optional(facts: dict[str, Any]) -> Iterator[Note]:
     if facts["apex_is_nvidias"] is False:
         text = "the installed `apex` is another project of that name from PyPI, not NVIDIA's"
         yield Note("clash", "apex", f"{text}, which is built from github.com/NVIDIA/apex: pip uninstall apex")
+    transformers = _installed(facts, "transformers")
+    if transformers and _numbers(transformers) < _numbers(TRANSFORMERS):
+        text = f"transformers {transformers} is older than {TRANSFORMERS}.0, which transformers_losses() needs"
+        yield Note("note", "transformers", f"{text}: pip install 'transformers>={TRANSFORMERS}'")
+    if facts["apex_is_nvidias"]:
+        yield Note(
+            "note", "apex", 'NVIDIA\'s apex is here: layer_norm(impl="apex") takes its kernel; no test of ours runs it'
+        )
     if _installed(facts, "xformers") and not facts["gpus"]:
         yield Note("note", "xformers", "xformers has no attention operator for the CPU: it is of no use here")
 

@@ -32,8 +32,10 @@ PACKAGES = {
     "xformers": "optional",
     "flash-attn": "optional",
     "apex": "optional (NVIDIA's, not on PyPI)",
-    "open_clip_torch": "optional: CLIP's vocabulary",
-    "timm": "optional",
+    "open_clip_torch": "optional: CLIP's vocabulary; drop-in",
+    "timm": "optional: drop-in",
+    "transformers": "optional: drop-in",
+    "sentence-transformers": "optional: drop-in",
     "torchvision": "not needed",
 }
 BUILT_FOR_TORCH = ("torchvision", "torchaudio", "xformers", "flash-attn")  # hold code compiled for one torch
@@ -52,7 +54,8 @@ def inspect_machine() -> dict[str, Any]:
         "compiler": shutil.which("c++") or shutil.which("g++"),
         "kernels": None,
         "apex_is_nvidias": _has_module("apex", "normalization"),
-        "needs_torch": {name: need for name in BUILT_FOR_TORCH if (need := _need_of_torch(name))},
+        "needs_torch": {name: need for name in BUILT_FOR_TORCH if (need := _need_of(name, "torch"))},
+        "torch_wants_triton": _need_of("torch", "triton"),
         "broken": {},
     }
     try:
@@ -81,14 +84,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _need_of_torch(distribution: str) -> str | None:
-    """What the distribution says of torch, for instance "torch==2.13.0"; None where it is not installed or silent."""
+def _need_of(distribution: str, package: str) -> str | None:
+    """What the distribution says of a package ("torch==2.13.0"); None where it is not installed or silent."""
     try:
         needs = requires(distribution) or []
     except PackageNotFoundError:
         return None
     plain = (need.partition(";")[0].translate(str.maketrans("", "", " ()")) for need in needs if "extra ==" not in need)
-    return next((need for need in plain if need.startswith("torch") and need[5:6] in ("=", ">", "<", "~", "!")), None)
+    return next(
+        (need for need in plain if need.startswith(package) and need.removeprefix(package)[:1] in tuple("=><~!")), None
+    )
 
 
 def _has_module(package: str, part: str) -> bool | None:
