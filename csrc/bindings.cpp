@@ -27,6 +27,10 @@ at::Tensor sigmoid_loss(const at::Tensor& image_features, const at::Tensor& text
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
     const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups, int64_t offset, const at::Tensor& weights);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_mean(const at::Tensor& image_features,
+                                                                                         const at::Tensor& text_features,
+                                                                                         const at::Tensor& logit_scale,
+                                                                                         const at::Tensor& logit_bias);
 at::Tensor attention_fwd(const at::Tensor& qkv, const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, bool causal,
                          double softmax_scale);
 at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen,
@@ -61,6 +65,10 @@ TORCH_LIBRARY(fastclip_cpu, m) {
       "sigmoid_loss_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias,"
       " Tensor? row_groups, Tensor? col_groups, int offset, Tensor weights) -> (Tensor, Tensor, Tensor, Tensor)",
       &fastclip::sigmoid_loss_gradients);
+  m.def(
+      "sigmoid_loss_mean(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      &fastclip::sigmoid_loss_mean);
   m.def("attention_fwd(Tensor qkv, Tensor? cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",
         &fastclip::attention_fwd);
   m.def("attention_bwd(Tensor d_out, Tensor qkv, Tensor? cu_seqlens, int max_seqlen, bool causal, float softmax_scale) -> Tensor",

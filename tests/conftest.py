@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastclip.losses import terms
+from fastclip.losses import small
 
 SKIPS = Path(__file__).parent / "skips.txt"
 IN_CI = bool(os.environ.get("CI"))
@@ -62,4 +62,10 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def without_kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses make their logits twice, as they do for batches larger than a test's; `memory_budget` asks for more."""
-    monkeypatch.setattr(terms, "IN_CACHE", 0)
+    monkeypatch.setattr(small, "IN_CACHE", 0)
+
+
+@pytest.fixture(params=[0, small.IN_CACHE], ids=["two passes", "one call"])
+def either_way(monkeypatch: pytest.MonkeyPatch, without_kept_logits: None, request: pytest.FixtureRequest) -> None:
+    """As for large batches, and as for small ones."""
+    monkeypatch.setattr(small, "IN_CACHE", request.param)

@@ -95,6 +95,7 @@ def test_loss_alone_is_the_loss_with_its_gradient() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("either_way")
 def test_error_budget(impl: str, dtype: torch.dtype, kind: str) -> None:
     for n, d, scale, grouped in ((67, 33, 10.0, False), (130, 64, 100.0, False), (67, 33, 30.0, True)):
         inputs, ids = sigmoid_inputs(n, d, kind=kind, scale=scale, dtype=dtype), groups(n, 9) if grouped else None
@@ -107,6 +108,7 @@ def test_error_budget(impl: str, dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scale", [10.0, 30.0, 100.0])
+@pytest.mark.usefixtures("either_way")
 def test_exact_at_siglips_scales(impl: str, scale: float) -> None:
     inputs = sigmoid_inputs(64, 48, kind="clip", scale=scale, dtype=torch.float32)
     exact = value_and_gradients(exact_sigmoid_loss, inputs, torch.float64)

@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "pairs.h"
 #include "products.h"
 #include "simd.h"
 
@@ -26,7 +27,6 @@ constexpr int64_t kFewRows = 32, kFew = 1024;  // of a tile where there are at m
 constexpr int64_t kGroup = 1024;              // rows whose dz one product sums into the text gradient
 constexpr int64_t kPad = 16;                  // floats behind a tile's rows, so that they fall on different cache sets
 constexpr int64_t kDepth = 32;                // D is padded to a multiple of it
-constexpr int64_t kTiny = 1 << 19;            // n m D up to which waking the other threads costs more than they do
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // What is no negative: the positive of each row, in column labels[i] or, without labels, offset + i; and where there are groups,
@@ -197,7 +197,7 @@ struct Problem {
   int64_t cols_of(int64_t col) const { return std::min(kCols, m - col); }
   int64_t padded_cols(int64_t col) const { return ceil_to(cols_of(col), kLanes); }
   int64_t tile_cols() const { return ceil_to(std::min(kCols, m), kBlock); }
-  int64_t grain(int64_t tasks, int64_t least) const { return n * m * depth <= kTiny ? tasks : least; }
+  int64_t grain(int64_t tasks, int64_t least) const { return is_tiny(n, m, depth) ? tasks : least; }
   int64_t tile_rows() const { return n <= kFew ? kFewRows : kRows; }
   bool is_kept(int64_t row) const { return std::min(row + tile_rows(), n) <= kept_rows; }
 
@@ -381,29 +381,6 @@ std::tuple<at::Tensor, at::Tensor> negative_gradients(Problem<T> p, const at::Te
   return {grad_image, grad_text};
 }
 
-// Adds weight_i other_i to the rows of grad (n, D), multiplies them by the scale, and returns sum_i own_i . grad_i before that.
-template <typename T>
-FASTCLIP_INLINE double add_positives(float* grad, const T* own, const T* other, const double* weight, float scale, int64_t n, int64_t depth) {
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    Vec dot = {};
-    for (int64_t d = i * depth; d < (i + 1) * depth; d += kLanes) {
-      const Vec g = load(grad + d) + load(other + d) * static_cast<float>(weight[i]);
-      dot += load(own + d) * g;
-      store(grad + d, g * scale);
-    }
-    total += sum(dot);
-  }
-  return total;
-}
-FASTCLIP_MULTIVERSION double finish(float* grad, const float* own, const float* other, const double* weight, float scale, int64_t n, int64_t depth) {
-  return add_positives(grad, own, other, weight, scale, n, depth);
-}
-FASTCLIP_MULTIVERSION double finish(float* grad, const c10::BFloat16* own, const c10::BFloat16* other, const double* weight, float scale,
-                                    int64_t n, int64_t depth) {
-  return add_positives(grad, own, other, weight, scale, n, depth);
-}
-
 // The mean loss of n pairs and its gradients for image, text and scale, with all logits kept in between: 3 products.
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mean_loss(Problem<T> p) {
@@ -430,8 +407,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mean_loss(Problem<T> 
   }
   auto [grad_image, grad_text] = negative_gradients(p, lse[0], lse[1], d_lse[0], d_lse[1]);
   const T *image = p.image.template const_data_ptr<T>(), *text = p.text.template const_data_ptr<T>();
-  const double d_scale = finish(grad_image.template mutable_data_ptr<float>(), image, text, d_positive.data(), p.scale, p.n, p.depth);
-  finish(grad_text.template mutable_data_ptr<float>(), text, image, d_positive.data(), p.scale, p.n, p.depth);
+  const double d_scale = finish_gradient(grad_image.template mutable_data_ptr<float>(), image, text, d_positive.data(), p.scale, p.n, p.depth);
+  finish_gradient(grad_text.template mutable_data_ptr<float>(), text, image, d_positive.data(), p.scale, p.n, p.depth);
   return {at::scalar_tensor(loss, options), grad_image, grad_text, at::scalar_tensor(d_scale, options)};
 }
 

@@ -1,6 +1,6 @@
 // The sigmoid block on the CPU: the loss of every row's pairs with all texts but its own, and its gradient.
 //
-// A block of logits is cut into tasks of 64 rows, then, for the text gradient, of 64 columns. A task makes its part by the
+// A block of logits is cut into tasks of rows, then, for the text gradient, of columns. A task makes its part by the
 // library's micro-kernels (products.h) and uses it up while it is in the second-level cache. Tasks are cut the same way and
 // blocks visited in the same order whatever the number of threads, so the result does not depend on it. bfloat16 features
 // are multiplied as they are, with fp32 logits and bfloat16 dz, where the processor has 16-bit products, and widened where it
@@ -9,11 +9,13 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "pairs.h"
 #include "products.h"
 #include "simd.h"
 
@@ -90,10 +92,11 @@ FASTCLIP_INLINE void differentiate_rows(const Task& c, T* out, int64_t ld_out) {
 FASTCLIP_MULTIVERSION void differentiate(const Task& c, float* out, int64_t ld_out) { differentiate_rows(c, out, ld_out); }
 FASTCLIP_MULTIVERSION void differentiate(const Task& c, c10::BFloat16* out, int64_t ld_out) { differentiate_rows(c, out, ld_out); }
 
-// Calls task(first, count, scratch) for every `step` of `total` in parallel; `elements` of scratch for each thread.
+// Calls task(first, count, scratch) for every `step` of `total`, in parallel or not; `elements` of scratch for each thread.
 template <typename T, typename Call>
-void for_each_task(int64_t total, int64_t step, int64_t elements, const Call& task) {
-  at::parallel_for(0, (total + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+void for_each_task(int64_t total, int64_t step, int64_t elements, bool in_parallel, const Call& task) {
+  const int64_t tasks = (total + step - 1) / step;
+  at::parallel_for(0, tasks, in_parallel ? 1 : tasks, [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(elements);
     for (int64_t i = begin; i < end; ++i) task(i * step, std::min(step, total - i * step), scratch.data());
     release<T>();
@@ -116,7 +119,8 @@ struct Problem {
   at::Tensor image, text, row_groups, col_groups, weights, loss, d_logits, grad_image, grad_text;
   at::Tensor logits, dz, text_transposed, text_blocked, image_blocked;
   float scale, bias;
-  int64_t offset, depth, ld;
+  int64_t offset, depth, ld, step;  // step: rows, or columns, of a task: large, but some for every thread
+  bool in_parallel;
 
   Problem(const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& logit_bias,
           const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& cols, int64_t offset, const at::Tensor& row_weights)
@@ -130,6 +134,8 @@ struct Problem {
         depth(image.size(1)) {
     const int64_t n = image.size(0), m = text.size(0), height = std::min(n, kBlockRows), width = ceil_to(std::min(m, kBlockCols), kBlock);
     ld = width + kLanes;  // so that rows fall on different cache sets
+    in_parallel = !is_tiny(n, m, depth);
+    step = n <= 64 ? 32 : n <= 256 ? kBlock : 128;
     const auto options = image.options().dtype(at::kFloat), narrow = image.options();
     loss = at::zeros({n}, options);
     logits = at::empty({height, ld}, options);
@@ -149,7 +155,7 @@ struct Problem {
     for (int64_t col = 0; col < m; col += kBlockCols) {
       const int64_t cols = std::min(kBlockCols, m - col);
       const T* rows = data<T>(text, col);
-      for_each_task<T>(cols, kBlock, 0, [&](int64_t first, int64_t count, T*) {
+      for_each_task<T>(cols, kBlock, 0, in_parallel, [&](int64_t first, int64_t count, T*) {
         block_transposed(reinterpret_cast<float*>(data<T>(text_transposed, first)),
                          reinterpret_cast<const float*>(rows + first * depth), count, depth / kInterleaved<T>);
       });
@@ -169,7 +175,7 @@ struct Problem {
 
   // out (depth / 64, even(count), 64) = rows (count, depth), as the right side of a product over rows.
   void take_rows(const at::Tensor& out, const T* rows, int64_t count) const {
-    for_each_task<T>(depth, kBlock, 0, [&](int64_t d, int64_t width, T*) {
+    for_each_task<T>(depth, kBlock, 0, in_parallel, [&](int64_t d, int64_t width, T*) {
       block_rows(data<T>(out, 0) + d * even(count), rows + d, depth, count, width, even(count));
     });
   }
@@ -182,17 +188,17 @@ struct Problem {
 
   void run_block(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
     const bool gradient = weights.defined();
-    for_each_task<T>(rows, kBlock, 0, [&](int64_t first, int64_t count, T*) {
+    for_each_task<T>(rows, step, 0, in_parallel, [&](int64_t first, int64_t count, T*) {
       float* z = data<float>(logits, first);
       T* out = gradient ? data<T>(dz, first) : nullptr;
       for (int64_t j = 0; j < cols; j += kBlock)
-        product(count, kBlock, depth, data<T>(image, row + first), depth, data<T>(text_transposed, j), z + j, ld, false);
+        product(count, std::min(kBlock, round_up(cols - j)), depth, data<T>(image, row + first), depth, data<T>(text_transposed, j), z + j, ld, false);
       differentiate(task(z, row + first, count, col, cols), out, ld);
       if (gradient) add_product(data<float>(grad_image, row + first), count, out, ld, text_blocked, cols);
     });
     if (!gradient) return;
     take_rows(image_blocked, data<T>(image, row), rows);
-    for_each_task<T>(cols, kBlock, kBlock * even(rows), [&](int64_t first, int64_t count, T* transposed) {
+    for_each_task<T>(cols, step, step * even(rows), in_parallel, [&](int64_t first, int64_t count, T* transposed) {
       transpose_rows(transposed, even(rows), data<T>(dz, 0) + first, ld, rows, count, even(rows));
       add_product(data<float>(grad_text, col + first), count, transposed, even(rows), image_blocked, rows);
     });
@@ -215,6 +221,27 @@ struct Problem {
   }
 
  public:
+  // The mean over the rows, for as many texts as images without groups, and its gradients for image, text, scale and bias.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mean() {
+    run();
+    const int64_t n = image.size(0);
+    const T *own_image = data<T>(image, 0), *own_text = data<T>(text, 0);
+    const float *others = data<float>(loss, 0), *d_others = data<float>(d_logits, 0);
+    std::vector<double> d_own(n);
+    row_dots(d_own.data(), own_image, own_text, n, depth);
+    double total = 0, d_bias = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double z = d_own[i] * scale + bias;
+      total += (others[i] + (z > 0 ? std::log1p(std::exp(-z)) : std::log1p(std::exp(z)) - z)) / n;
+      d_own[i] = -1 / (n * (1 + std::exp(z)));
+      d_bias += static_cast<double>(d_others[i]) / n + d_own[i];
+    }
+    const double d_scale = finish_gradient(data<float>(grad_image, 0), own_image, own_text, d_own.data(), scale, n, depth);
+    finish_gradient(data<float>(grad_text, 0), own_text, own_image, d_own.data(), scale, n, depth);
+    const auto scalar = [&](double x) { return at::scalar_tensor(x, loss.options()); };
+    return {scalar(total), grad_image, grad_text, scalar(d_scale), scalar(d_bias)};
+  }
+
   // A gradient as the caller knows it, without the padding of D.
   at::Tensor unpadded(const at::Tensor& grad, const at::Tensor& features) const { return grad.narrow(1, 0, features.size(1)).contiguous(); }
 };
@@ -246,6 +273,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_gradient
     problem.run();
     return std::make_tuple(problem.loss, problem.d_logits, problem.unpadded(problem.grad_image, image_features),
                            problem.unpadded(problem.grad_text, text_features));
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_loss_mean(const at::Tensor& image_features,
+                                                                                         const at::Tensor& text_features,
+                                                                                         const at::Tensor& logit_scale,
+                                                                                         const at::Tensor& logit_bias) {
+  const int64_t n = image_features.size(0);
+  const auto weights = at::full({n}, 1.0 / n, image_features.options().dtype(at::kFloat));
+  return with_type(image_features, [&](auto type) {
+    Problem<decltype(type)> problem(image_features, text_features, logit_scale, logit_bias, std::nullopt, std::nullopt, 0, weights);
+    const auto [loss, grad_image, grad_text, d_scale, d_bias] = problem.mean();
+    return std::make_tuple(loss, problem.unpadded(grad_image, image_features), problem.unpadded(grad_text, text_features), d_scale, d_bias);
   });
 }
 

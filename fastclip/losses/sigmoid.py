@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastclip.distributed import all_gather, check_equal_rows
 from fastclip.losses.checks import check_inputs
+from fastclip.losses.small import is_made_at_once
+from fastclip.ops._at_once import mean_at_once
 from fastclip.ops.sigmoid_loss import sigmoid_rows, sigmoid_sum
 
 Reduction = Literal["mean", "sum", "none"]
@@ -67,6 +69,10 @@ def sigmoid_loss(
     _check_bias(logit_bias, check_values)
     _check_rows("group_ids", group_ids, image_features, check_values)
     _check_rows("weights", weights, image_features, check_values)
+    is_plain = all(x is None for x in (group_ids, weights, group)) and reduction == "mean" and not normalize
+    if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl):
+        scalars = (logit_scale.reshape(()), logit_bias.reshape(()))
+        return mean_at_once("sigmoid_loss_mean", image_features, text_features, *scalars)
     if normalize:
         image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     n, offset, all_text = image_features.shape[0], 0, text_features

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastclip.distributed import Layout
-from fastclip.losses import gathered, ring
+from fastclip.losses import gathered, ring, small
 from fastclip.losses.blocks import Problem
 from fastclip.ops._rows import inner_product
-from fastclip.ops.contrastive_loss.implementations import why_not
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
-IN_CACHE = 4 << 20  # bytes of logits that the CPU keeps in any case: they are still near when backward comes
 SMALLEST_NORM = 1e-12  # F.normalize's: what is shorter counts as the zero vector
 
 
@@ -58,9 +56,9 @@ def contrastive_terms(
     """The terms of image_features (n, D) and text_features (m, D); sums: over the group (True), over all (False)."""
     uses_ring = uses_ring and len(pairing.layout.texts) > 1
     kept_rows = 0
-    if _has_gradient(image_features, text_features, scale) and not uses_ring:
+    if small.has_gradient(image_features, text_features, scale) and not uses_ring:
         if image_features.device.type == "cpu":  # whose 16-bit products cost less than fetching logits from memory
-            memory_budget = max(memory_budget * (image_features.dtype.itemsize > 2), IN_CACHE)
+            memory_budget = max(memory_budget * (image_features.dtype.itemsize > 2), small.IN_CACHE)
         row_bytes = sum(pairing.layout.texts) * accumulation_dtype(image_features.dtype).itemsize
         kept_rows = torch.sym_min(image_features.shape[0], memory_budget // row_bytes)
     options = (sums, normalize, uses_ring, kept_rows, impl)
@@ -68,24 +66,6 @@ def contrastive_terms(
     positive, row_max, row_log_sum, *row_sums = outputs[: 3 + len(sums)]
     col_max, col_log_sum, *col_sums = outputs[3 + len(sums) :]
     return Terms(positive, row_max, row_log_sum, col_max, col_log_sum, tuple(row_sums), tuple(col_sums))
-
-
-def is_small(image_features: Tensor, text_features: Tensor, scale: Tensor, impl: str) -> bool:
-    """Whether the loss and its gradient are best made in one call (`ops.contrastive_loss.contrastive_mean`)."""
-    n, m = image_features.shape[0], text_features.shape[0]
-    return (
-        not torch.compiler.is_compiling()
-        and n == m
-        and image_features.device.type == "cpu"
-        and n * m * 4 <= IN_CACHE
-        and impl in ("auto", "cpu")
-        and _has_gradient(image_features, text_features, scale)
-        and why_not("cpu", "cpu", image_features.dtype, n, m) is None
-    )
-
-
-def _has_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 class _Terms(torch.autograd.Function):
