@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -14,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models_helpers import RESNET, TEXT, VIT, captions, gradients, images, open_clip_model, perturbed
+from models_helpers import RESNET, TEXT, VIT, assert_same, captions, gradients, images, open_clip_model, perturbed
 from peers import open_clip_module
 from torch import Tensor, nn
 
+from fastclip import ClipLoss, SigLipLoss
 from fastclip.distributed import sum_over_ranks
 from fastclip.errors import UserError
 from fastclip.interop import open_clip_encoders, open_clip_losses
@@ -170,6 +172,34 @@ def test_a_subclass_with_its_own_logits_keeps_them() -> None:
         torch.testing.assert_close(call(Louder(), given, "ClipLoss")[0][0], 2 * plain)
 
 
+@pytest.mark.parametrize("kind", ["CLIPTask", "SigLIPTask"])
+def test_the_tasks_of_its_main(kind: str) -> None:
+    open_clip_module()
+    task = pytest.importorskip("open_clip.task", reason="open_clip's main is not on PyPI")
+    model = perturbed(open_clip_model(VIT))
+    if kind == "SigLIPTask":
+        model.logit_bias = nn.Parameter(torch.tensor(-5.0))
+    model.output_dict = True
+    batch = {"image": images(VIT), "text": captions(VIT)}
+
+    def step(task: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = task.training_forward(batch)[0]["loss"]
+        return loss.detach(), gradients(model, (loss,))
+
+    theirs = getattr(task, kind)(model)
+    value, grads = step(theirs)
+    given = {"CLIPTask": ClipLoss, "SigLIPTask": SigLipLoss}[kind]()
+    with open_clip_losses():
+        results = [step(theirs), step(getattr(task, kind)(model))]
+    for found, found_grads in (*results, step(getattr(task, kind)(model, loss=given))):
+        assert relative_error(found, value) < 1e-6
+        floor = 0.01 * max(grad.norm() for grad in grads.values())
+        assert all(
+            (found_grads[name] - grad).norm() <= 2e-5 * grad.norm().clamp(min=floor) for name, grad in grads.items()
+        )
+    assert torch.equal(step(theirs)[0], value)
+
+
 CONFIGS = {
     "vit": VIT,
     "vit-quickgelu": replace(VIT, quick_gelu=True),
@@ -200,9 +230,7 @@ def test_towers(config: Any, checkpointing: bool) -> None:
     assert lengths[0][1] == 28 < 5 * TEXT.context_length  # captions of 3, 12, 7, 1 and 5 tokens, end to end
     for x, y in zip(found, expected, strict=True):
         assert relative_error(x, y) < 1e-5
-    floor = 0.01 * max(grad.norm() for grad in grads.values())  # of what cancels (a key's bias) only rounding is left
-    for name, grad in grads.items():
-        assert (found_grads[name] - grad).norm() <= 1e-5 * grad.norm().clamp(min=floor), name
+    assert_same(found_grads, grads, 1e-5)
     again, again_grads = outputs(model, config)
     assert all(map(torch.equal, (*again, *again_grads.values()), (*expected, *grads.values())))
 
@@ -253,14 +281,16 @@ def test_nothing_to_replace() -> None:
 
 
 class Batches(list):
-    """A loader as open_clip's trainer knows it."""
+    """A loader as open_clip's trainer knows it; its main hands on dicts."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, as_dicts: bool) -> None:
         generator = torch.Generator().manual_seed(rank)
         size = VIT.vision.image_size
         super().__init__(
             (torch.randn(4, 3, size, size, generator=generator), captions(VIT, (3, 12, 7, 5))) for _ in range(4)
         )
+        if as_dicts:
+            self[:] = [{"image": image, "text": text} for image, text in self]
         self.num_batches, self.num_samples, self.dataloader = 4, 16, self
 
     def set_epoch(self, epoch: int) -> None:
@@ -282,8 +312,9 @@ def trained(rank: int, world_size: int, siglip: bool, *, local_loss: bool = True
     loss = open_clip_module("open_clip").create_loss(args)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train = open_clip_module("open_clip_train.train").train_one_epoch
-    train(wrapped, {"train": Batches(rank)}, loss, 0, optimizer, None, None, None, args)
+    has_tasks = importlib.util.find_spec("open_clip.task") is not None  # its main, where this loop is the older one
+    train = open_clip_module(f"open_clip_train.{'legacy_' * has_tasks}train").train_one_epoch
+    train(wrapped, {"train": Batches(rank, has_tasks)}, loss, 0, optimizer, None, None, None, args)
     return {name: x.detach().clone() for name, x in model.state_dict().items()}
 
 
