@@ -25,7 +25,7 @@ from benchmarks.gate import value_and_gradients
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-WARM_UP_SIZE = 64  # thread pools and libraries start on a problem of this size
+WARM_UP_SIZE = 1100  # thread pools and libraries start on a problem of this size, which is not made in one call
 TIMEOUT = 600
 
 

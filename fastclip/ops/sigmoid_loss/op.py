@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastclip.ops._rows import add_scaled, dots, inner_product, total
+from fastclip.ops._rows import add_scaled, dots, inner_product, scaled, total
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 from fastclip.ops.sigmoid_loss.implementations import implementation
 from fastclip.ops.sigmoid_loss.reference import softplus
@@ -119,7 +119,7 @@ class _SigmoidSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
         *grads, loss = ctx.saved_tensors
-        d_inputs = ((grad * d_sum).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        d_inputs = (scaled(grad, d_sum, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *d_inputs, None, None, None, loss * d_sum, None
 
 
