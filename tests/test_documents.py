@@ -15,11 +15,26 @@ from fastclip.data.demo import write_demo
 from fastclip.models import create_model, save_model
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+LONG = ("tutorial.md", "how_tos")  # a process for each of their blocks
 
 
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.DOTALL)
+
+
+WITH_PYTHON = [
+    pytest.param(document, marks=[pytest.mark.long] * any(part in document.parts for part in LONG))
+    for document in DOCUMENTS
+    if blocks(document, "python")
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda path: path.name)
 def test_python_blocks_run(document: Path, folder: Path) -> None:
     for block in blocks(document, "python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=300)

@@ -193,10 +193,7 @@ def test_the_tasks_of_its_main(kind: str) -> None:
         results = [step(theirs), step(getattr(task, kind)(model))]
     for found, found_grads in (*results, step(getattr(task, kind)(model, loss=given))):
         assert relative_error(found, value) < 1e-6
-        floor = 0.01 * max(grad.norm() for grad in grads.values())
-        assert all(
-            (found_grads[name] - grad).norm() <= 2e-5 * grad.norm().clamp(min=floor) for name, grad in grads.items()
-        )
+        assert_same(found_grads, grads, 2e-5)
     assert torch.equal(step(theirs)[0], value)
 
 
