@@ -39,6 +39,14 @@ at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const
                                 double softmax_scale);
 std::tuple<at::Tensor, at::Tensor> pooled_attention_bwd(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& kv,
                                                         const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, double softmax_scale);
+at::Tensor activation_fwd(const at::Tensor& x, const std::optional<at::Tensor>& bias, c10::string_view kind);
+std::tuple<at::Tensor, at::Tensor> activation_bwd(const at::Tensor& d_out, const at::Tensor& x, const std::optional<at::Tensor>& bias,
+                                                  c10::string_view kind);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_norm_fwd(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                                                          const at::Tensor& weight, const at::Tensor& bias, double eps);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_bwd(const at::Tensor& d_out, const std::optional<at::Tensor>& d_total,
+                                                              const at::Tensor& total, const at::Tensor& weight, const at::Tensor& mean,
+                                                              const at::Tensor& rstd);
 
 }  // namespace fastclip
 
@@ -79,4 +87,10 @@ TORCH_LIBRARY(fastclip_cpu, m) {
       "pooled_attention_bwd(Tensor d_out, Tensor q, Tensor kv, Tensor? cu_seqlens, int max_seqlen, float softmax_scale)"
       " -> (Tensor, Tensor)",
       &fastclip::pooled_attention_bwd);
+  m.def("activation_fwd(Tensor x, Tensor? bias, str kind) -> Tensor", &fastclip::activation_fwd);
+  m.def("activation_bwd(Tensor d_out, Tensor x, Tensor? bias, str kind) -> (Tensor, Tensor)", &fastclip::activation_bwd);
+  m.def("layer_norm_fwd(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+        &fastclip::layer_norm_fwd);
+  m.def("layer_norm_bwd(Tensor d_out, Tensor? d_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+        &fastclip::layer_norm_bwd);
 }

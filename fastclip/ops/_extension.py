@@ -18,8 +18,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
 SOURCES = (
     "csrc/bindings.cpp",
+    "csrc/cpu/activation.cpp",
     "csrc/cpu/attention.cpp",
     "csrc/cpu/contrastive_loss.cpp",
+    "csrc/cpu/layer_norm.cpp",
     "csrc/cpu/sigmoid_loss.cpp",
 )
 FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
