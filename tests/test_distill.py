@@ -13,9 +13,10 @@ import torch.distributed as dist
 from contrastive_loss_helpers import run_on_ranks
 from peers import open_clip_module
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastclip.losses import ClipLoss, DistillClipLoss, distill
-from fastclip.losses.distill import distill_rows
+from fastclip.losses import ClipLoss, DistillClipLoss
+from fastclip.ops.distill_loss import distill_rows, reference
 from fastclip.testing import clip_features, relative_error, value_and_gradients
 
 N, D, TEACHER_D = 12, 7, 5
@@ -49,10 +50,32 @@ def loss_of(tensors: list[Tensor], *, eager: bool = False) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (12, 12), (31, 50)])
 def test_rows_in_fp64(n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "_CHUNK_ELEMENTS", 4 * m)  # several chunks
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 4 * m)  # several chunks
     tensors = sides(n, m)
     for ours, exact in zip(loss_of(tensors), loss_of(tensors, eager=True), strict=True):
         assert (ours - exact).norm() <= 1e-12 * exact.norm() + 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    models = sides(6, 9, dtype)
+    torch.library.opcheck(torch.ops.fastclip.distill_loss_fwd.default, tuple(models))
+    torch.library.opcheck(torch.ops.fastclip.distill_loss_bwd.default, (torch.ones(6), *models))
+
+
+def test_compiles_to_one_graph_for_every_batch_size() -> None:
+    torch._dynamo.reset()
+    frames = CompileCounterWithBackend("aot_eager")
+    module = DistillClipLoss()
+    loss = torch.compile(lambda *x: sum(module(*x)), backend=frames, fullgraph=True, dynamic=True)
+    for n in (32, 48, 80):
+        student, teacher = clip_features(n, 16), clip_features(n, 8, seed=1)
+        inputs = (*student, *(x.detach() for x in teacher))
+        plain = torch.autograd.grad(sum(module(*inputs)), student)
+        for value, truth in zip(torch.autograd.grad(loss(*inputs), student), plain, strict=True):
+            assert relative_error(value, truth) < 1e-5
+    graphs = [graph for graph in frames.graphs if any(node.op == "call_function" for node in graph.graph.nodes)]
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])

@@ -1,88 +1,13 @@
 """open_clip's `DistillClipLoss` over `ClipLoss`, its distillation term in O(N) memory."""
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastclip.distributed import all_gather, all_reduce_sum
 from fastclip.losses.clip import ClipLoss, _ScaleGradient
 from fastclip.losses.ranks import group_of
-from fastclip.ops.contrastive_loss.reference import accumulation_dtype
-
-_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_CUDA = 1 << 22, 1 << 26  # logits of each model at once: 16 and 256 MB in fp32
-
-Side = tuple[Tensor, Tensor, Tensor]  # rows (n, D), columns (M, D), scale 0-dim: logits = scale * rows @ columns^T
-
-
-def _chunks(
-    left: Tensor, right: Tensor, scale: Tensor, teacher_left: Tensor, teacher_right: Tensor, teacher_scale: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, the student's logits, the teacher's probabilities), both (rows, M) in the accumulation dtype."""
-    n, m = left.shape[0], right.shape[0]
-    step = max(1, (_CHUNK_ELEMENTS if left.device.type == "cpu" else _CHUNK_ELEMENTS_CUDA) // m)
-    dtype, teacher_dtype = accumulation_dtype(left.dtype), accumulation_dtype(teacher_left.dtype)
-    columns, teacher_columns = right.to(dtype).T, teacher_right.to(teacher_dtype).T
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        logits = (left[rows].to(dtype) @ columns).mul_(scale.to(dtype))
-        teacher_logits = (teacher_left[rows].to(teacher_dtype) @ teacher_columns).mul_(teacher_scale.to(teacher_dtype))
-        yield rows, logits, teacher_logits.softmax(1).to(dtype)
-
-
-class _DistillRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        left = tensors[0]
-        loss = left.new_empty(left.shape[0], dtype=accumulation_dtype(left.dtype))
-        with torch.autocast(loss.device.type, enabled=False):
-            for rows, logits, target in _chunks(*tensors):
-                loss[rows] = target.mul_(logits.log_softmax(1)).sum(1).neg_()
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale, *_ = ctx.saved_tensors
-        columns = right.to(d_loss.dtype)
-        grad_left, grad_right = torch.empty_like(left, dtype=d_loss.dtype), torch.zeros_like(columns)
-        with torch.autocast(d_loss.device.type, enabled=False):
-            for rows, logits, target in _chunks(*ctx.saved_tensors):
-                d_logits = logits.softmax(1).sub_(target).mul_(d_loss[rows, None])
-                grad_left[rows] = d_logits @ columns
-                grad_right.addmm_(d_logits.T, left[rows].to(d_loss.dtype))
-        d_scale = (left.to(d_loss.dtype) * grad_left).sum().to(scale.dtype)
-        factor = scale.to(d_loss.dtype)
-        return (
-            grad_left.mul_(factor).to(left.dtype),
-            grad_right.mul_(factor).to(right.dtype),
-            d_scale,
-            None,
-            None,
-            None,
-        )
-
-
-def distill_rows(student: Side, teacher: Side) -> Tensor:
-    """The teacher's cross-entropy to the student, row by row, in O(n + M) memory.
-
-    With z = scale * rows @ columns^T of each model and p its softmax over the M columns:
-
-        loss_i = -sum_j p_teacher_ij log p_student_ij = lse(z_student_i) - sum_j p_teacher_ij z_student_ij
-
-    Args:
-        student: rows (n, D), columns (M, D), scale 0-dim (exponentiated).
-        teacher: the same n and M, any D, on the same device; constants, no gradient flows to them.
-
-    Returns:
-        (n,) in fp32 (fp64 for fp64 features). Differentiable once; backward makes both models' logits again, in chunks
-        of constant size.
-    """
-    return _DistillRows.apply(*student, *(x.detach() for x in teacher))
+from fastclip.ops.distill_loss import distill_rows
+from fastclip.ops.distill_loss.op import Side
 
 
 class DistillClipLoss(ClipLoss):
