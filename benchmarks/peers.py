@@ -14,6 +14,7 @@ DISTRIBUTIONS = {
     "inf_cl": "inf_cl",
     "memeff": "memeff",
     "siglip_kernel": "siglip-kernel",
+    "webdataset": "webdataset",
 }
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,10 +77,10 @@ class Scan:
         shrunk = any(len(contents[kind]) < size for kind, _, size in there)
         return make_sample(self.key(number), contents, "shrunk_shard" if shrunk else "")
 
-    def without(self, numbers: list[int], cause: str) -> "Scan":
-        """The same less some samples, which are counted as `cause`."""
-        kept = np.setdiff1d(np.arange(len(self)), numbers)
-        skipped = self.skipped + Counter({cause: len(numbers)})
+    def without(self, broken: Mapping[int, str]) -> "Scan":
+        """The same less some samples, by number, which are counted under their causes."""
+        kept = np.setdiff1d(np.arange(len(self)), list(broken))
+        skipped = self.skipped + Counter(broken.values())
         return Scan(self.keys[kept], self.places[kept], self.kinds, skipped, self.stamp, self.examples)
 
     def save(self, shard: str) -> None:

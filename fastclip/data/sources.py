@@ -71,13 +71,7 @@ class TarReader:
         if name in self._open:
             self._open.move_to_end(name)
             return self._open[name]
-        if is_remote(name):
-            try:
-                path = self._fetcher.local(name)
-            except OSError as error:
-                raise BrokenSample("unreachable_shard", error) from error
-        else:
-            path = name
+        path = self.path(name)
         opened = os.open(path, os.O_RDONLY), scan_of(path, keep=True)
         self._open[name] = opened
         self._samples += len(opened[1])
@@ -86,6 +80,15 @@ class TarReader:
             self._samples -= len(scan)
             os.close(file)
         return opened
+
+    def path(self, name: str) -> str:
+        """The shard's file here, fetched if need be. Errors: `BrokenSample`."""
+        if not is_remote(name):
+            return name
+        try:
+            return self._fetcher.local(name)
+        except OSError as error:
+            raise BrokenSample("unreachable_shard", error) from error
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""

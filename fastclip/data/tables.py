@@ -137,8 +137,8 @@ def _stream(path: str, image_key: str, caption_key: str, skipped: Counter[str], 
     image, caption = "", ""
     for batch in (_parquet if path.endswith(".parquet") else _csv)(path, image_key, caption_key, skipped):
         if not image:
-            image = _column(batch.schema.names, image_key, IMAGE_KEYS, "image_key", path)
-            caption = _column(batch.schema.names, caption_key, CAPTION_KEYS, "caption_key", path)
+            image = column(batch.schema.names, image_key, IMAGE_KEYS, "image_key", path)
+            caption = column(batch.schema.names, caption_key, CAPTION_KEYS, "caption_key", path)
         paths, texts = batch.column(image), batch.column(caption)
         if not (
             pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type) or pa.types.is_binary(paths.type)
@@ -187,13 +187,13 @@ def _parquet(path: str, image_key: str, caption_key: str, skipped: Counter[str])
     file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
     columns = [
-        _column(names, image_key, IMAGE_KEYS, "image_key", path),
-        _column(names, caption_key, CAPTION_KEYS, "caption_key", path),
+        column(names, image_key, IMAGE_KEYS, "image_key", path),
+        column(names, caption_key, CAPTION_KEYS, "caption_key", path),
     ]
     yield from file.iter_batches(batch_size=_ROWS, columns=columns)
 
 
-def _column(names: list[str], wanted: str, usual: tuple[str, ...], option: str, path: str) -> str:
+def column(names: list[str], wanted: str, usual: tuple[str, ...], option: str, path: str) -> str:
     """The column to read."""
     choices = (wanted,) if wanted else usual
     found = next((name for name in choices if name in names), None)

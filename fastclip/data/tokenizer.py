@@ -5,60 +5,84 @@ Ids are CLIP's: start of text, the caption, end of text, zeros. The end-of-text 
 """
 
 import difflib
-import functools
-import gzip
-import html
 import importlib.util
 import json
 import os
-import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastclip.data.clip_bpe import (
+    CLIP_FILE,
+    CLIP_VOCAB_SIZE,
+    CLIP_WORDS,
+    END_OF_WORD,
+    EOT,
+    SOT,
+    ClipBpe,
+    byte_letters,
+    clip_merges,
+    mend,
+)
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
-SOT, EOT = "<start_of_text>", "<end_of_text>"
 _SOT_NAMES, _EOT_NAMES = (SOT, "<|startoftext|>"), (EOT, "<|endoftext|>")
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 CLIP_NAMES = ("clip", "RN50", "ViT-B-32", "ViT-B-16", "ViT-L-14")
 CLIP_CONTEXT_LENGTH = 77
-CLIP_VOCAB_SIZE = 49408
-_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
-_END_OF_WORD = "</w>"
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
     """Tokenize captions for a text tower: `tokenizer(texts, context_length=None) -> int64 (B, context_length)`.
 
     A caption that is too long keeps its end-of-text token. Special tokens spelled out in a caption are plain text.
+    A `tokenizers` JSON that has not CLIP's start and end tokens frames a caption by its own template (BERT's, T5's),
+    and pads with its own padding: `ends_with_largest_id` says whether a tower may pool at `ids.argmax(-1)`.
     """
 
     def __init__(self, rust: "RustTokenizer", context_length: int) -> None:
         sot = next((i for name in _SOT_NAMES if (i := rust.token_to_id(name)) is not None), None)
         eot = next((i for name in _EOT_NAMES if (i := rust.token_to_id(name)) is not None), None)
         self.vocab_size = rust.get_vocab_size(with_added_tokens=True)
-        if sot is None or eot is None:
-            raise ValueError(f"tokenizer: has no start and end token; it must have {_SOT_NAMES} and {_EOT_NAMES}")
-        if eot != self.vocab_size - 1:
-            raise ValueError(f"tokenizer: the end token has id {eot}; it must be the largest id, {self.vocab_size - 1}")
-        if context_length < 3:
-            raise ValueError(f"context_length: must be at least 3, was {context_length}")
-        rust.encode_special_tokens = True
+        self.pad_token_id = 0
         rust.no_truncation()
         rust.no_padding()
-        self.sot_token_id, self.eot_token_id = sot, eot
+        is_clips = sot is not None and eot is not None
+        if sot is None or eot is None:
+            head, tail = _template(rust)
+            eot = tail[-1]
+            self.pad_token_id = next((i for name in _PAD_NAMES if (i := rust.token_to_id(name)) is not None), 0)
+        elif eot == self.vocab_size - 1:
+            head, tail = [sot], [eot]
+        else:
+            raise ValueError(f"tokenizer: the end token has id {eot}; it must be the largest id, {self.vocab_size - 1}")
+        if context_length < 1 + len(head) + len(tail):
+            raise ValueError(f"context_length: must be at least {1 + len(head) + len(tail)}, was {context_length}")
+        rust.encode_special_tokens = True
+        self._head, self._tail = head, tail
+        self.sot_token_id, self.eot_token_id = head[0] if head else None, eot
+        self.ends_with_largest_id = eot == self.vocab_size - 1
         self.context_length = context_length
         self._rust = rust
-        self._clean = _clip_clean if self.vocab_size == CLIP_VOCAB_SIZE else str
+        self._encode = self._encoder(is_clips)
+
+    def _encoder(self, is_clips: bool) -> Callable[[str, int | None], list[int]]:
+        """From a text and how many ids are of interest to its ids."""
+        rust = self._rust
+        if self.vocab_size == CLIP_VOCAB_SIZE and getattr(rust.model, "end_of_word_suffix", None) == END_OF_WORD:
+            return ClipBpe(rust).ids
+        if is_clips:
+            return lambda text, most: rust.encode(text, add_special_tokens=False).ids
+        return lambda text, most: rust.encode(" ".join(mend(text).split()), add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` alone: no start, no end, not cut."""
-        return self._rust.encode(self._clean(text), add_special_tokens=False).ids
+        return self._encode(text, None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` up to the first end token; zeros, start and end are left out."""
@@ -73,13 +97,14 @@ class Tokenizer:
     def batch(self, texts: list[str], context_length: int | None = None) -> tuple[Tensor, int]:
         """Ids int64 (B, context_length) and how many captions were cut."""
         length = context_length or self.context_length
-        out = torch.zeros(len(texts), length, dtype=torch.int64)
-        rows = out.numpy()
-        cut = 0
-        for row, text in zip(rows, texts, strict=True):
-            ids = self.encode(text)
-            cut += len(ids) > length - 2
-            ids = [self.sot_token_id, *ids[: length - 2], self.eot_token_id]
+        out = torch.full((len(texts), length), self.pad_token_id, dtype=torch.int64)
+        head, tail = self._head, self._tail
+        most, cut = length - len(head) - len(tail), 0
+        for row, text in zip(out.numpy(), texts, strict=True):
+            ids = self._encode(text, most)
+            if len(ids) > most:
+                cut, ids = cut + 1, ids[:most]
+            ids = [*head, *ids, *tail]
             row[: len(ids)] = ids
         return out, cut
 
@@ -98,6 +123,19 @@ class Tokenizer:
             self._rust.no_truncation()
 
 
+def _template(rust: "RustTokenizer") -> tuple[list[int], list[int]]:
+    """The special ids before and behind a text. Errors: `ValueError` where nothing marks its end."""
+    framed = rust.encode("a", add_special_tokens=True)
+    special = framed.special_tokens_mask
+    inner = [place for place, is_special in enumerate(special) if not is_special]
+    if not inner or inner[-1] == len(special) - 1:
+        raise ValueError(
+            f"tokenizer: has no start and end token; it must have {_SOT_NAMES} and {_EOT_NAMES}, "
+            "or a template that adds a token behind a text"
+        )
+    return framed.ids[: inner[0]], framed.ids[inner[-1] + 1 :]
+
+
 def _pipeline(model) -> "RustTokenizer":
     """`model` behind CLIP's text handling: NFC, lower case, one space, split into words, numerals and signs, bytes."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
@@ -109,12 +147,12 @@ def _pipeline(model) -> "RustTokenizer":
     )
     rust.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     # U+0120 is the letter of the byte "space"
-    rust.decoder = decoders.Sequence([decoders.Replace(_END_OF_WORD, "\u0120"), decoders.ByteLevel()])
+    rust.decoder = decoders.Sequence([decoders.Replace(END_OF_WORD, "\u0120"), decoders.ByteLevel()])
     return rust
 
 
@@ -122,55 +160,29 @@ def _bpe(merges: list[tuple[str, str]]) -> "RustTokenizer":
     """CLIP's byte-level BPE with these merges; ids: 256 bytes, 256 bytes that end a word, merges, start, end."""
     from tokenizers import AddedToken, models
 
-    letters = _byte_letters()
-    words = [*letters, *(letter + _END_OF_WORD for letter in letters), *(a + b for a, b in merges)]
+    letters = byte_letters()
+    words = [*letters, *(letter + END_OF_WORD for letter in letters), *(a + b for a, b in merges)]
     vocab = {word: i for i, word in enumerate(words)}
-    rust = _pipeline(models.BPE(vocab, merges, end_of_word_suffix=_END_OF_WORD))
+    rust = _pipeline(models.BPE(vocab, merges, end_of_word_suffix=END_OF_WORD))
     rust.add_special_tokens([AddedToken(SOT, special=True), AddedToken(EOT, special=True)])
     return rust
-
-
-def _byte_letters() -> list[str]:
-    """The printable letter of each byte, in the order of GPT-2's and CLIP's vocabularies."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
-@functools.cache
-def _fix_text():
-    """ftfy's `fix_text` where ftfy is installed (open_clip requires it), else nothing."""
-    if importlib.util.find_spec("ftfy") is None:
-        return str
-    from ftfy import fix_text
-
-    return fix_text
-
-
-def _clip_clean(text: str) -> str:
-    """open_clip's cleaning: mend mojibake, undo HTML escapes twice, strip, lower (in Python: it knows final sigma)."""
-    return html.unescape(html.unescape(_fix_text()(text))).strip().lower()
 
 
 def clip_tokenizer(vocabulary: str | os.PathLike[str] | None = None, context_length: int | None = None) -> Tokenizer:
     """CLIP's tokenizer (49,408 ids) from `bpe_simple_vocab_16e6.txt.gz`: the given one, or that of an installed
     open_clip (the file only: open_clip is not imported).
 
-    Ids are open_clip's where ftfy is installed too; without it mojibake and typographic signs are left as they are.
+    Ids are open_clip's on any text, but for special tokens spelled out in it. Needs ftfy and regex, as open_clip does.
     Errors: `FileNotFoundError` where there is neither, `ValueError` for a file that is another one.
     """
     if vocabulary is None:
         spec = importlib.util.find_spec("open_clip")
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"tokenizer: {_CLIP_FILE} (CLIP's vocabulary) is missing; pip install open_clip_torch, or give its path"
+                f"tokenizer: {CLIP_FILE} (CLIP's vocabulary) is missing; pip install open_clip_torch, or give its path"
             )
-        vocabulary = Path(spec.origin).with_name(_CLIP_FILE)
-    try:
-        with gzip.open(vocabulary, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : CLIP_VOCAB_SIZE - 514 + 1]
-        merges = [(left, right) for left, right in (line.split() for line in lines)]
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"tokenizer: {vocabulary} is not CLIP's vocabulary {_CLIP_FILE} ({error})") from error
+        vocabulary = Path(spec.origin).with_name(CLIP_FILE)
+    merges = clip_merges(Path(vocabulary))
     return Tokenizer(_bpe(merges), context_length or CLIP_CONTEXT_LENGTH)
 
 
@@ -186,12 +198,12 @@ def train_tokenizer(
 
     if vocab_size < 514:
         raise ValueError(f"vocab_size: must be at least 514 (bytes twice, start, end), was {vocab_size}")
-    rust = _pipeline(models.BPE(end_of_word_suffix=_END_OF_WORD))
+    rust = _pipeline(models.BPE(end_of_word_suffix=END_OF_WORD))
     # Pairs of equal count are merged in the order of their letters' ids. Only special tokens get theirs in a fixed
     # order: the trainer numbers an alphabet, and the letters that end a word, as its hash table happens to hold them.
-    letters = [letter + end for end in ("", _END_OF_WORD) for letter in _byte_letters()]
+    letters = [letter + end for end in ("", END_OF_WORD) for letter in byte_letters()]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=letters, end_of_word_suffix=_END_OF_WORD, show_progress=False
+        vocab_size=vocab_size, special_tokens=letters, end_of_word_suffix=END_OF_WORD, show_progress=False
     )
     rust.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(rust.to_str())["model"]["merges"]]
