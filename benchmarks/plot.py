@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
+from benchmarks.cases import LOSSES
 from fastclip.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,11 +28,11 @@ Curves = dict[str, list[tuple[int, float]]]  # by impl: size and value
 
 
 def curves(all_rows: Sequence[rows.Row], column: str) -> dict[tuple[str, str, str, int], Curves]:
-    """By op, device, dtype and D: what a plot shows, sizes in order."""
+    """By op, device, dtype and D: what a plot shows of the losses, sizes in order."""
     plots: dict[tuple[str, str, str, int], Curves] = defaultdict(lambda: defaultdict(list))
     for row in all_rows:
         value = rows.number(row[column])
-        if row["phase"] != "both" or value is None or value <= 0:
+        if row["op"] not in LOSSES or row["phase"] != "both" or value is None or value <= 0:
             continue
         shape = json.loads(row["shape_json"])
         plots[row["op"], row["device"], row["dtype"], shape["d"]][row["impl"]].append((shape["n"], value))

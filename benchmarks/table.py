@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import predict, rows
+from benchmarks.cases import LOSSES
 from benchmarks.harness import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ def measured_table(measured: Sequence[rows.Row]) -> str:
     """Ours beside eager code and torch.compile of it, one line a problem; forward + backward."""
     problems: dict[tuple[str, ...], dict[str, rows.Row]] = {}
     for row in measured:
-        if row["phase"] == "both" and (row["p50_ms"] or row["peak_mb"]):
+        if row["op"] in LOSSES and row["phase"] == "both" and (row["p50_ms"] or row["peak_mb"]):
             problems.setdefault((row["op"], row["dtype"], row["shape_json"]), {})[row["impl"]] = row
     if not problems:
         return EMPTY
@@ -50,7 +51,7 @@ def predicted_table(predicted: Sequence[rows.Row], measured: Sequence[rows.Row])
     by_key = {rows.key_of(row): row for row in measured if row["p50_ms"]}
     lines = ["| loss | features | N x D | the roofline of an H200 | measured |", "|" + "---|" * 5]
     for row in predicted:
-        if row["phase"] != "both":
+        if row["op"] not in LOSSES or row["phase"] != "both":
             continue
         sizes, found = json.loads(row["shape_json"]), by_key.get(rows.key_of(row))
         time = "not yet" if found is None else f"{_time(found)} ({found['machine']})"

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import __main__ as command
 from benchmarks import harness, lab, plot, predict, rows, table
 from benchmarks.case import PHASES, Budget, Case, Problem, Variant
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, ENCODERS, LOSSES
 from benchmarks.cases.losses import pairs
 from benchmarks.gate import Errors, allowed, errors_of, passes
 from benchmarks.harness import DeviceLost, Run, measure
@@ -104,7 +104,7 @@ def test_a_file_that_was_cut_off_or_is_another(tmp_path: Path) -> None:
 # --- gate ---
 
 
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", LOSSES)
 def test_the_gate_passes_eager_and_ours(op: str) -> None:
     case = CASES[op]
     for impl in ("auto", "reference"):
@@ -127,7 +127,7 @@ def test_the_gate_passes_eager_and_ours(op: str) -> None:
     ],
     ids=["value", "no image gradient", "nan", "no scale gradient"],
 )
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", LOSSES)
 def test_the_gate_catches_what_is_wrong(op: str, wrong: object, which: str) -> None:
     case = CASES[op]
     assert callable(wrong)
@@ -176,7 +176,7 @@ def test_repeats_fill_a_block() -> None:
 # --- runs ---
 
 
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", LOSSES)
 def test_a_small_run_of_every_case(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path)
     written = measure(CASES[op], replace(TINY, impls=("auto", "dense")), run)
@@ -425,6 +425,19 @@ def test_nothing_here_starts_cuda_or_imports_a_peer() -> None:
         "assert not {'open_clip', 'matplotlib', 'triton'} & {name.split('.')[0] for name in sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("op", ENCODERS)
+def test_the_ops_of_the_encoders_are_measured(op: str, tmp_path: Path) -> None:
+    case = CASES[op]
+    (problem,) = case.quick("cpu")
+    run = Run(tmp_path / "rows.csv", seconds=0.0, is_quick=True)
+    written = measure(case, replace(problem, impls=("auto",)), run)
+    assert {row["impl"] for row in written} == {case.variants(problem)[0].impl, "auto"}
+    for row in written:
+        assert float(row["p50_ms"]) > 0
+        assert float(row["error"]) <= float(row["budget"])
+    assert all(case.problems(device) for device in ("cpu", "cuda"))
 
 
 def test_the_operations_of_a_run_are_those_of_the_paper() -> None:
