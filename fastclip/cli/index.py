@@ -19,9 +19,9 @@ from fastclip.errors import UserError
 class Index:
     """An index of the images of shards or of a folder, to search by sentence or by picture.
 
-    Features are kept in fp16, in parts; a call that was interrupted goes on with the next part.
+    Features are kept in fp16, in parts; an interrupted call goes on where it was.
 
-    Example: fastclip index "data/demo/*_test-*.tar" --out runs/demo/index --captions
+    Example: fastclip index "data/demo/*_test-*.tar" --out runs/demo/index
     """
 
     images: Annotated[

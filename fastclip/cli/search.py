@@ -26,13 +26,13 @@ _FILE_TYPES = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp", b"BM": "b
 class Search:
     """The best images for a sentence, or the best captions for an image.
 
-    Looks through every held-out set of a folder, or through an index of any number of images.
+    Looks through every held-out set of a folder, or through an index.
 
     Example: fastclip search "a red circle above a blue square" --save found
 
     Example: fastclip search --image found/01_scenes_test-000123.png
 
-    Example: fastclip search "a sleepy cat" --index runs/demo/index --where source=scenes --html found.html
+    Example: fastclip search "a red circle" --index runs/demo/index --html f.html
     """
 
     sentence: Annotated[

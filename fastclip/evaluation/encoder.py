@@ -47,6 +47,7 @@ class Encoder:
         batch_size: int = 256,
     ) -> None:
         self.forward, self.config, self.tokenizer = forward, config, tokenizer
+        self.model: CLIP | None = None  # where there is one beside the function
         self.device, self.dtype, self.group, self.batch_size = torch.device(device), dtype, group, batch_size
 
     @classmethod
@@ -67,7 +68,9 @@ class Encoder:
             assert isinstance(outputs, dict)
             return outputs
 
-        return cls(forward, model.config, tokenizer, device=device, dtype=dtype, batch_size=batch_size)
+        encoder = cls(forward, model.config, tokenizer, device=device, dtype=dtype, batch_size=batch_size)
+        encoder.model = model
+        return encoder
 
     def images(self, source: ImageSource) -> Tensor:
         """Features of all images of a held-out set (images, embed_dim)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,9 +46,10 @@ def _uniformity(features: Tensor) -> float:
     total = 0.0
     for start in range(0, len(features), _ROWS):
         block = features[start : start + _ROWS]
-        kernel = (-2 * torch.cdist(block, features).square()).exp()
+        distance = torch.cdist(block, features, compute_mode="donot_use_mm_for_euclid_dist")
+        kernel = (-2 * distance.square()).exp()
         total += kernel.sum().item() - len(block)  # less each point with itself
-    return torch.tensor(total / (len(features) * (len(features) - 1))).log().item()
+    return math.log(total / (len(features) * (len(features) - 1)))
 
 
 def associations(groups: Mapping[str, Tensor], prompts: Mapping[str, Tensor]) -> dict[str, Any]:

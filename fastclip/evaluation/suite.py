@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from fastclip.evaluation.zero_shot import multi_label, zero_shot, zero_shot_clas
 def has_eval_sets(folder: str | Path) -> bool:
     """Whether `folder` holds `<name>_test-*.tar` shards."""
     return any(Path(folder).glob(f"*{HELD_OUT}-*.tar"))
+
+
+def has_suite() -> bool:
+    """Whether the packages are there that `clip_suite` needs: pip install 'fastclip-kernels[eval]'."""
+    return all(find_spec(package) for package in ("sklearn", "scipy"))
 
 
 def eval_sets(folder: str | Path, tokenizer: Tokenizer, image_size: int) -> dict[str, EvalSet]:

@@ -119,7 +119,7 @@ def points_svg(name: str, clouds: Sequence[Sequence[tuple[float, float]]], size:
     with _axes(size) as (figure, axes):
         for place, points in enumerate(clouds):
             xs, ys = zip(*points, strict=True)
-            axes.scatter(xs, ys, s=6, color=f"#00001{place % SERIES}", alpha=0.55, linewidths=0)
+            axes.scatter(xs, ys, s=9, color=f"#00001{place % SERIES}", alpha=0.55, linewidths=0)
         axes.set_aspect("equal", adjustable="datalim")
         axes.margins(0.05)
         _dress(axes, short, {})
@@ -222,15 +222,29 @@ def share_tick(share: float) -> str:
     return f"{short(round(100 * share, 6))}%"
 
 
-def standalone_svg(svg: str) -> str:
-    """An inline `<svg>` of this module as a file: colours and font of its own, light or dark as the reader's screen."""
+def standalone_svg(svg: str, title: str, axis: str, legend: Sequence[tuple[str, str]]) -> str:
+    """An inline `<svg>` of this module as a file: with its words, in the light or dark colours of the reader's screen.
+
+    `title`, `axis` and the names of `legend` are escaped already.
+    """
     width, height = re.findall(r"\d+", svg.split('viewBox="', 1)[1].split('"', 1)[0])[2:4]
     css = (Path(__file__).parent / "style.css").read_text("utf-8")
     light, dark = (body for body in re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2])
     style = f"svg{{{light}color:var(--ink);font-family:system-ui,sans-serif}}"
     style += f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" '
-    return f'{head}height="{height}" ' + svg.removeprefix("<svg ").replace(">", f"><style>{style}</style>", 1) + "\n"
+    style += "text{fill:currentColor;font-size:12px}line{stroke:currentColor;stroke-width:2.2}svg svg{overflow:visible}"
+    style += "".join(line for line in css.splitlines() if line.startswith((".series-", ".dash-")))
+    words = [f'<text x="8" y="18" style="font-weight:640">{title}</text>']
+    words.append(f'<text x="{int(width) / 2}" y="{int(height) + 40}" text-anchor="middle">{axis}</text>')
+    for row, (css_class, name) in enumerate(legend):
+        y = int(height) + 60 + 18 * row
+        words.append(f'<g class="{css_class}"><line x1="42" x2="68" y1="{y - 4}" y2="{y - 4}"/></g>')
+        words.append(f'<text x="76" y="{y}">{name}</text>')
+    whole = int(height) + 52 + 18 * len(legend)
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg {links} width="{width}" height="{whole}" viewBox="0 0 {width} {whole}"><style>{style}</style>'
+    inner = svg.replace("<svg ", f'<svg x="0" y="26" width="{width}" height="{height}" ', 1)
+    return f"{head}{''.join(words)}{inner}</svg>\n"
 
 
 def _inline(figure: Figure, name: str) -> str:

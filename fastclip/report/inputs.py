@@ -214,15 +214,24 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _evaluation(value: Any, notes: list[str]) -> Evaluation:
-    zero_shot, retrieval, step = [], [], int(value["step"])
-    for name, one in value["sets"].items():
+    step = int(value["step"])
+    zero_shot, retrieval, others = read_sets(value["sets"])
+    for name, task in others.items():
+        notes.append(f"Step {step:,}: set {name} has the task {task!r}, which this page does not show.")
+    return Evaluation(step, str(value.get("data", "")), zero_shot, retrieval)
+
+
+def read_sets(sets: Mapping[str, Any]) -> tuple[list[ZeroShot], list[Retrieval], dict[str, Any]]:
+    """The sets of an evaluation by their task, and the names and tasks of others. Errors: those of values left out."""
+    zero_shot, retrieval, others = [], [], {}
+    for name, one in sets.items():
         if one["task"] == "zero_shot":
             zero_shot.append(_zero_shot(name, one))
         elif one["task"] == "retrieval":
             retrieval.append(_retrieval(name, one))
         else:
-            notes.append(f"Step {step:,}: set {name} has the task {one['task']!r}, which this page does not show.")
-    return Evaluation(step, str(value.get("data", "")), zero_shot, retrieval)
+            others[name] = one["task"]
+    return zero_shot, retrieval, others
 
 
 def _zero_shot(name: str, one: Mapping[str, Any]) -> ZeroShot:

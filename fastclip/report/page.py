@@ -60,7 +60,7 @@ def render(run: Run) -> str:
         zero_shot=_latest(zero_shot),
         zero_shot_chart=_zero_shot_chart(zero_shot),
         confusions=[(step, one, confusion_view(one)) for step, one in _latest(zero_shot) if one.confusion],
-        retrieval=[(step, one, _directions(one)) for step, one in _latest(retrieval)],
+        retrieval=[(step, one, directions(one)) for step, one in _latest(retrieval)],
         retrieval_charts=_retrieval_charts(retrieval),
         suite=_suite_charts(run, zero_shot),
         ds_config=json.dumps(run.ds_config, indent=2, sort_keys=True) if run.ds_config is not None else "",
@@ -275,7 +275,7 @@ def _share_chart(key: str, title: str, unit: str, curves: dict[str, Curve]) -> C
     )
 
 
-def _directions(one: Retrieval) -> list[dict[str, Any]]:
+def directions(one: Retrieval) -> list[dict[str, Any]]:
     """The table's rows: recalls beside what chance finds, the better of the candidates being right by luck."""
     sides = (("image_to_text", one.texts, one.texts // max(one.images, 1)), ("text_to_image", one.images, 1))
     return [

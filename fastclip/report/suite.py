@@ -104,7 +104,9 @@ def _corruption_chart(one: SuiteSet, key: str, top1: float | None) -> Chart | No
         latest=mean,
         after="",
         label=f"Zero-shot top-1 on {one.name} over severities; at the strongest {said}; {mean} over all.",
-        svg=curves_svg(key, list(curves.values()), form=share_tick, ceiling=1.0, marks=True),
+        svg=curves_svg(
+            key, list(curves.values()), form=share_tick, ceiling=1.0, marks=True, xticks={n: f"{n}" for n in range(6)}
+        ),
         legend=[(curve.css, kind) for kind, curve in curves.items()],
         axis="severity, 0 is clean",
         key=key,

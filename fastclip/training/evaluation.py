@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastclip.data import Tokenizer
 from fastclip.evaluation import Encoder, evaluate_folder
-from fastclip.evaluation.suite import has_eval_sets, summary
+from fastclip.evaluation.suite import has_eval_sets, has_suite, summary
 from fastclip.models import CLIPConfig
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine
@@ -34,11 +34,12 @@ class Evaluation:
         )
 
     def run(self, step: int, final: bool = False) -> None:
-        """Writes eval/step_XXXXXXXX.json, and at the end eval/gallery.json; says the figures in one line."""
+        """Writes eval/step_XXXXXXXX.json, at the end eval/gallery.json and suite.json; says the figures in one line."""
         if self.folder is None:
             return
         self.engine.train(False)
-        results = {"step": step} | evaluate_folder(self.encoder, self.folder, with_gallery=final)
+        with_suite = final and has_suite()
+        results = {"step": step} | evaluate_folder(self.encoder, self.folder, with_gallery=final, with_suite=with_suite)
         self.engine.train(True)
         if not self.is_first:
             return
@@ -46,5 +47,8 @@ class Evaluation:
         if final:
             gallery = {"step": step} | results.pop("gallery")
             (self.out / "gallery.json").write_text(json.dumps(gallery))
+        if with_suite:
+            suite = {"step": step, "sets": results.pop("suite")}
+            (self.out / "suite.json").write_text(json.dumps(suite))
         (self.out / f"step_{step:08d}.json").write_text(json.dumps(results, indent=1))
         print(f"\nstep {step}: {summary(results)}", flush=True)
