@@ -102,20 +102,22 @@ class CLIP(TextTower):
         self.set_recompute("full" if enable else "none")
 
     def set_recompute(self, mode: str) -> None:
-        """What backward recomputes instead of keeping it, in both towers: "none", or "full" (every block).
+        """What backward recomputes instead of keeping it, in both towers; gradients stay the same.
 
-        A wrapped tower is asked through its own `set_grad_checkpointing`. Raises ValueError where a tower cannot.
+        mode: "none"; "selective": what LayerNorm and activation return, without a product more (a ModifiedResNet
+            keeps what it keeps); "full": every block. A wrapped tower is asked for "full" through its own
+            `set_grad_checkpointing`. Raises ValueError where a tower cannot.
         """
-        check_choice("mode", mode, ("none", "full"))
+        check_choice("mode", mode, ("none", "selective", "full"))
         towers: list[Any] = [self.visual.transformer if isinstance(self.visual, VisionTransformer) else self.visual]
         towers.append(self.text if self.config.text.is_wrapped else self.transformer)
         for tower in towers:
-            if hasattr(tower, "recompute"):
-                tower.recompute = mode
+            if hasattr(tower, "set_recompute"):
+                tower.set_recompute(mode)
             elif hasattr(tower, "set_grad_checkpointing"):
                 tower.set_grad_checkpointing(mode == "full")
-            elif mode != "none":
-                raise ValueError(f"mode must be none: {type(tower).__name__} cannot recompute its activations")
+            elif mode == "full":
+                raise ValueError(f"mode must not be full: {type(tower).__name__} cannot recompute its activations")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

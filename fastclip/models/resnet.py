@@ -74,17 +74,13 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images to features. Names and initialisation are OpenAI's (biases of the attention pool keep PyTorch's).
-
-    recompute: "none", or "full": backward keeps the input of each bottleneck and runs it again; its batch norms then
-        leave their running statistics alone.
-    """
+    """Images to features. Names and initialisation are OpenAI's (biases of the attention pool keep PyTorch's)."""
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         assert isinstance(config.layers, tuple)
         width = config.width
-        self.recompute = "none"
+        self._reruns_blocks = False
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -99,6 +95,10 @@ class ModifiedResNet(nn.Module):
         channels = width * 8 * EXPANSION
         self.attnpool = AttentionPool(config.grid**2, channels, channels // config.head_width, embed_dim)
 
+    def set_recompute(self, mode: str) -> None:
+        """With "full" backward keeps the input of each bottleneck and runs it again; running statistics move once."""
+        self._reruns_blocks = mode == "full"
+
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
         x = F.relu(self.bn1(self.conv1(image)))
@@ -106,7 +106,7 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn3(self.conv3(x)))
         x = self.avgpool(x)
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
-            x = _checkpointed(block, x) if self.recompute == "full" and self.training else block(x)
+            x = _checkpointed(block, x) if self._reruns_blocks and torch.is_grad_enabled() else block(x)
         return self.attnpool(x)
 
 
@@ -121,13 +121,15 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def _statistics_held(block: nn.Module) -> Iterator[None]:
     """Batch norms normalise with the batch but do not count it again."""
     norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, before, strict=True):
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None if count is None else count.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _stage(inplanes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:

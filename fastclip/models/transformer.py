@@ -7,6 +7,9 @@ so that ZeRO-3 gathers it in time. State-dict names are OpenAI's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +29,15 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the parameters of `nn.MultiheadAttention` and one product for Q, K and V."""
+    """Multi-head self-attention with the parameters of `nn.MultiheadAttention` and one product for Q, K and V.
+
+    recomputes: backward runs the LayerNorm in front of the product again instead of keeping what came out of it.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.recomputes = False
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -40,25 +47,26 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, N, W) or (T, W)
+        norm: nn.Module,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         causal: bool = False,
         pool_rows: Tensor | None = None,  # (B,)
     ) -> Tensor:
-        """Attention for all tokens, or (B, W) for the rows `pool_rows` of the flattened tokens, one a sequence.
+        """Attention on norm(x) for all tokens, or (B, W) for the rows `pool_rows` of the flattened tokens.
 
-        A pooled row looks at its whole sequence; under a causal mask it must therefore be the last of it.
+        Those are one a sequence, and look at all of it; under a causal mask each must therefore be its last.
         """
         width = x.shape[-1]
         if pool_rows is None:
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-            out = attention(qkv, cu_seqlens, max_seqlen, causal=causal)
+            qkv = _run(self.recomputes, lambda x: F.linear(norm(x), self.in_proj_weight, self.in_proj_bias), x)
+            out = attention(qkv.unflatten(-1, (3, self.heads, -1)), cu_seqlens, max_seqlen, causal=causal)
         else:
             weight_q, weight_kv = self.in_proj_weight.split((width, 2 * width))
             bias_q, bias_kv = self.in_proj_bias.split((width, 2 * width))
-            q = F.linear(_rows(x, pool_rows), weight_q, bias_q).unflatten(-1, (self.heads, -1))
-            kv = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.heads, -1))
-            out = pooled_attention(q, kv, cu_seqlens, max_seqlen)
+            q = F.linear(norm(_rows(x, pool_rows)), weight_q, bias_q).unflatten(-1, (self.heads, -1))
+            kv = _run(self.recomputes, lambda x: F.linear(norm(x), weight_kv, bias_kv), x)
+            out = pooled_attention(q, kv.unflatten(-1, (2, self.heads, -1)), cu_seqlens, max_seqlen)
         return self.out_proj(out.flatten(-2))
 
 
@@ -85,17 +93,22 @@ class LayerScale(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(activation(c_fc(x)))."""
+    """c_proj(activation(c_fc(norm(x)))).
+
+    recomputes: backward runs norm and activation again instead of keeping what came out of them.
+    """
 
     def __init__(self, width: int, hidden: int, act: str) -> None:
         super().__init__()
+        self.recomputes = False
         self.c_fc = nn.Linear(width, hidden)
         self.gelu = activation(act)
         self.c_proj = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """(..., W) -> (..., W)."""
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        hidden = _run(self.recomputes, lambda x: self.c_fc(norm(x)), x)
+        return _run(self.recomputes, lambda x: self.c_proj(self.gelu(x)), hidden)
 
 
 class Block(nn.Module):
@@ -121,9 +134,9 @@ class Block(nn.Module):
         pool_rows: Tensor | None = None,  # (B,)
     ) -> Tensor:
         """The block's output for all tokens, or (B, W) for `pool_rows` alone: exact, and an MLP on B rows only."""
-        attended = self.attn(self.ln_1(x), cu_seqlens, max_seqlen, causal, pool_rows)
+        attended = self.attn(x, self.ln_1, cu_seqlens, max_seqlen, causal, pool_rows)
         x = self.ls_1(attended) + (x if pool_rows is None else _rows(x, pool_rows))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
+        return x + self.ls_2(self.mlp(x, self.ln_2))
 
 
 class Transformer(nn.Module):
@@ -131,7 +144,6 @@ class Transformer(nn.Module):
 
     act: one of ACTIVATIONS.
     ls_init_value: LayerScale's initial value; None for blocks without it.
-    recompute: "none", or "full": backward keeps the input of each block and runs the block again.
     """
 
     def __init__(
@@ -145,10 +157,18 @@ class Transformer(nn.Module):
         ls_init_value: float | None = None,
     ) -> None:
         super().__init__()
-        self.recompute = "none"
+        self._reruns_blocks = False
         self.resblocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, act, norm_eps, ls_init_value) for _ in range(layers)
         )
+
+    def set_recompute(self, mode: str) -> None:
+        """What backward recomputes instead of keeping: "none"; "selective": what LayerNorm and activation return, at no
+        product more; "full": the blocks, of which it keeps the inputs alone."""
+        self._reruns_blocks = mode == "full"
+        for module in self.modules():
+            if isinstance(module, (Attention, MLP)):
+                module.recomputes = mode == "selective"
 
     def init_scaled(self) -> None:
         """OpenAI's initialisation of the text tower: products into the residual shrink with the depth."""
@@ -173,11 +193,18 @@ class Transformer(nn.Module):
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
             arguments = (x, cu_seqlens, max_seqlen, causal, pool_rows if i == last else None)
-            if self.recompute == "full" and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+            x = _run(self._reruns_blocks, block, *arguments)
         return x
+
+
+def _run(recomputes: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """function(*arguments), which backward runs again, but for what comes behind the last tensor it needs.
+
+    So a product that ends the function is not run again.
+    """
+    if not recomputes or not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:

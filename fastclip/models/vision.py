@@ -78,7 +78,7 @@ class LatentPool(nn.Module):
         q = self.q(self.latent[0]).expand(x.shape[0], -1).unflatten(-1, (self.heads, -1))
         kv = self.kv(x).unflatten(-1, (2, self.heads, -1))
         pooled = self.proj(pooled_attention(q, kv).flatten(-2))
-        return pooled + self.mlp(self.norm(pooled))
+        return pooled + self.mlp(pooled, self.norm)
 
 
 class VisionTransformer(nn.Module):

@@ -1,0 +1,169 @@
+"""A training step of the two towers beside open_clip's: forward, loss and backward, in turns, gradients checked first.
+
+    python -m benchmarks.encoder [--model ViT-B-32] [--batch 16] [--dtype float32] [--seconds 40] [--out FILE.csv]
+
+Captions have 8 to 24 tokens, 16 on average. open_clip is given them padded to 77, and once more padded to 32. Rows:
+"encoder" is the step, "encoder_text" the text tower alone, both with the bytes saved for backward as peak_mb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import machine, rows
+from benchmarks.grad_cache import Step
+from benchmarks.peers import version_of
+from benchmarks.timing import interleave, quantiles
+from fastclip._version import __version__
+from fastclip.losses import ClipLoss
+from fastclip.models import create_model, get_config
+
+SHORT = 32
+LENGTHS = (8, 24)
+BUDGETS = {"float32": 1e-4, "bfloat16": 5e-2}  # relative, all gradients as one vector
+MIB = 1 << 20
+
+
+def captions(batch: int, context: int, vocab: int) -> Tensor:
+    """Ids (B, context), zeros behind end-of-text, of 16 tokens on average."""
+    first, last = LENGTHS
+    lengths = torch.linspace(first, last, batch).round().long()[torch.randperm(batch)]
+    ids = torch.randint(1, vocab - 2, (batch, context))
+    ids[torch.arange(batch), lengths - 1] = vocab - 1
+    return ids.masked_fill(torch.arange(context) >= lengths[:, None], 0)
+
+
+def open_clip_model(name: str, context: int) -> nn.Module:
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+    import open_clip
+
+    return open_clip.create_model(name, force_context_length=context)
+
+
+def saved_bytes(run: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps for backward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        result = run()
+    total = sum(kept.values())
+    del result
+    return total
+
+
+class Subjects:
+    """The implementations on one batch, by row: op -> impl -> step."""
+
+    def __init__(self, name: str, batch: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        config = get_config(name)
+        size = config.vision.image_size
+        self.image = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+        self.ids = captions(batch, config.text.context_length, config.text.vocab_size).to(device)
+        ours = create_model(name, device=device).train()
+        theirs = open_clip_model(name, config.text.context_length).to(device).train()
+        short = open_clip_model(name, SHORT).to(device).train()
+        theirs.load_state_dict(ours.state_dict())
+        state = {k: v[:SHORT] if k == "positional_embedding" else v for k, v in ours.state_dict().items()}
+        short.load_state_dict(state)
+        self.models = {"open_clip": theirs, f"open_clip_{SHORT}": short, "fastclip": ours}
+        for model in self.models.values():
+            model.to(dtype)
+        from open_clip.loss import ClipLoss as OpenClipLoss
+
+        self.losses = {"open_clip": OpenClipLoss(), f"open_clip_{SHORT}": OpenClipLoss(), "fastclip": ClipLoss()}
+
+    def text_of(self, impl: str) -> Tensor:
+        return self.ids[:, :SHORT] if impl.endswith(str(SHORT)) else self.ids
+
+    def loss(self, impl: str) -> Tensor:
+        image, text, scale = self.models[impl](self.image, self.text_of(impl))[:3]
+        return self.losses[impl](image, text, scale)
+
+    def text(self, impl: str) -> Tensor:
+        model: Any = self.models[impl]
+        return model.encode_text(self.text_of(impl)).float().square().sum()
+
+    def steps(self, op: str) -> dict[str, Step]:
+        run = self.loss if op == "encoder" else self.text
+        return {
+            impl: Step(model, lambda impl=impl: run(impl).backward())  # type: ignore[misc]
+            for impl, model in self.models.items()
+        }
+
+    def saved(self, op: str, impl: str) -> int:
+        run = self.loss if op == "encoder" else self.text
+        return saved_bytes(lambda: run(impl), self.models[impl])
+
+    def error(self, steps: dict[str, Step]) -> float:
+        """Largest error of a gradient against open_clip's, relative to all of it."""
+        ours, theirs = (gradients(self.models[impl], steps[impl]) for impl in ("fastclip", "open_clip"))
+        whole = torch.cat([value.flatten() for value in theirs.values()]).norm()
+        gaps = [(ours[name].reshape(value.shape) - value).flatten() for name, value in theirs.items()]
+        return float(torch.cat(gaps).norm() / whole)
+
+
+def gradients(model: nn.Module, step: Step) -> dict[str, Tensor]:
+    step.gradient()
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=tuple(BUDGETS), default="float32")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of rounds, for each of the two ops")
+    parser.add_argument("--op", choices=("encoder", "encoder_text"), help="one of the two (both)")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "build" / "encoder.csv")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subjects = Subjects(options.model, options.batch, getattr(torch, options.dtype), device)
+    shape = json.dumps({"batch": options.batch, "model": options.model, "tokens": int(subjects.ids.ne(0).sum())})
+    for op in (options.op,) if options.op else ("encoder", "encoder_text"):
+        steps = subjects.steps(op)
+        error = subjects.error(steps)
+        if not error <= BUDGETS[options.dtype]:
+            print(f"{op}: the gradient differs by {error:.1e}, may by {BUDGETS[options.dtype]:.0e}", file=sys.stderr)
+            return 1
+        taken, _ = interleave(steps, dict.fromkeys(steps, 1), options.seconds, least=3)
+        times = {impl: quantiles(samples)["forward"] for impl, samples in taken.items()}
+        for impl, quantile in times.items():
+            ratio = times["open_clip"].p50 / quantile.p50
+            saved = subjects.saved(op, impl) / MIB
+            row = rows.make_row(
+                op=op, impl=impl, device=device, dtype=options.dtype, shape_json=shape, phase="both",
+                p50_ms=quantile.p50, p20_ms=quantile.p20, p80_ms=quantile.p80, peak_mb=saved, ratio=ratio,
+                baseline="open_clip", error=error if impl == "fastclip" else 0.0,
+                peer_version=f"fastclip {__version__}" if impl == "fastclip" else version_of("open_clip"),
+                budget=f"{BUDGETS[options.dtype]:.0e}", machine=machine.machine_name(device), torch=torch.__version__,
+                commit=machine.commit(),
+            )  # fmt: skip
+            rows.append(options.out, [row])
+            pairs = 1e3 * options.batch / quantile.p50
+            print(f"{op} {options.dtype} {shape} {impl:12} {quantile.p50:8.1f} ms {pairs:7.1f} pairs/s "
+                  f"{ratio:5.2f} x open_clip, {saved:6.0f} MiB saved for backward")  # fmt: skip
+        print(f"{op}: {len(taken['fastclip'])} rounds, gradient error {error:.1e}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
