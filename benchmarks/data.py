@@ -15,6 +15,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -187,7 +188,7 @@ def measure(pattern: str, rounds: int, seconds: float) -> dict[str, Rates]:
         "fast_decode": lambda: ours(pattern, fast=True),
     }
     parts: dict[str, dict[str, Callable[[], float]]] = {
-        "data_members": {impl: lambda impl=impl: members_rate(pattern, impl) for impl in ("webdataset", "auto")},
+        "data_members": {impl: partial(members_rate, pattern, impl) for impl in ("webdataset", "auto")},
         "tokenizer_ascii": {
             "open_clip": lambda: tokenizer_rate(simple, plain),
             "auto": lambda: tokenizer_rate(mine, plain),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Stats:
     """Folders, tar files, globs or patterns such as 'laion/{00000..00041}.tar'."""
     tokenizer: Annotated[str, optional("PATH", "tokenizer.json beside the shards")] = ""
     """A tokenizers JSON, its folder, or a model name: it measures the captions."""
+    plot: Annotated[str, optional("PATH", "none")] = ""
+    """Draw how long the captions are, in tokens (in words without a tokenizer), as a PNG or SVG there."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -64,6 +67,11 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps({"tokenizer": name or None, "sets": stats}, indent=1))
     else:
         print("\n\n".join(_text(name, figures) for name, figures in stats.items()))
+    if options.plot:
+        from fastclip.cli.data_plot import draw_lengths
+
+        draw_lengths({name: ShardIndex(part) for name, part in sets.items()}, tokenizer, options.plot)
+        print(f"\nCaption lengths: {options.plot}", file=sys.stderr if options.json else sys.stdout)
 
 
 def _set_name(path: str) -> str:

@@ -23,11 +23,15 @@ VERBS = {
     "convert": ("fastclip.cli.convert", "a checkpoint in another package's form, bit for bit"),
     "data demo": ("fastclip.cli.data_demo", "write the embedded data set: no download"),
     "data stats": ("fastclip.cli.data_stats", "what is in some shards, and what would be skipped"),
+    "data pack": ("fastclip.cli.data_pack", "a folder, CSV, TSV or Parquet as shards"),
+    "data check": ("fastclip.cli.data_check", "what is broken in some data, by cause"),
+    "data bench": ("fastclip.cli.data_bench", "samples a second, and which stage is the limit"),
+    "data tokenizer": ("fastclip.cli.data_tokenizer", "learn a tokenizer from the captions of some data"),
     "build": ("fastclip.cli.build", "compile the C++ kernels for the CPU"),
     "doctor": ("fastclip.cli.doctor", "what is installed, what runs where, what clashes"),
 }
 OPTIONS = ("--help", "--version")
-TRAIN_PACKAGES = {"numpy", "PIL", "safetensors", "tokenizers", "tyro", "yaml", "deepspeed"}
+TRAIN_PACKAGES = {"ftfy", "regex", "tqdm", "numpy", "PIL", "safetensors", "tokenizers", "tyro", "yaml", "deepspeed"}
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def usage(group: str = "") -> str:
     """The page of `fastclip --help`, or of the verbs of one group ("data")."""
     shown = {verb: line for verb, (_, line) in VERBS.items() if verb.startswith(group)}
-    lines = "\n".join(f"  {verb:<11} {line}" for verb, line in shown.items())
+    lines = "\n".join(f"  {verb:<14} {line}" for verb, line in shown.items())
     return USAGE.format(about=f"Verbs of `fastclip {group}`:" if group else ABOUT, verbs=lines)
 
 

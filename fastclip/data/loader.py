@@ -258,6 +258,13 @@ class Loader:
             source = int(np.searchsorted(self._firsts, shard, side="right")) - 1
             yield source, self.sources[source].name(shard - int(self._firsts[source])), number
 
+    def places_of(self, step: int) -> Iterator[tuple[int, str, int]]:
+        """(source, shard name, number) of the samples of `step` and later ones, as their order has them."""
+        for later in count(step):
+            job = self.job(later)
+            for shard, number in zip(job.shard[0].tolist(), job.number[0].tolist(), strict=True):
+                yield job.sources[shard], job.names[shard], number
+
     def _sources_of(self, step: int) -> dict[str, int]:
         """How many samples of this rank's batch are of each source."""
         local = self.global_batch // self.world_size
