@@ -151,3 +151,17 @@ def test_a_nearly_converged_batch_keeps_its_gradient(impl: str) -> None:
     assert 0 < exact < 1e-10
     assert relative_error(results[0], exact) < 1e-3
     assert all(0 < grad.norm() < 1e-8 for grad in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_run_to_run_and_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    if "cpu" not in able(dtype, 300):
+        return
+    inputs, before, runs = clip_features(300, 70, kind="clip", dtype=dtype), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(value_and_gradients(lambda *x: contrastive_loss(*x, impl="cpu"), inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other, strict=True))
