@@ -1,12 +1,17 @@
 // What the losses do with own pairs, image i and text i, in O(N D), where all of it is one call.
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <numeric>
+#include <vector>
+
 #include "simd.h"
 
 namespace fastclip {
 
 // Whether waking the other threads costs more than they do, for n x m logits of D products.
-inline bool is_tiny(int64_t n, int64_t m, int64_t depth) { return n * m * depth <= 1 << 19; }
+inline bool is_tiny(int64_t n, int64_t m, int64_t depth) { return n * m * depth <= 1 << 20; }
 
 template <typename T>
 FASTCLIP_INLINE float dot(const T* a, const T* b, int64_t depth) {
@@ -15,10 +20,9 @@ FASTCLIP_INLINE float dot(const T* a, const T* b, int64_t depth) {
   return sum(total);
 }
 
-// Adds weight_i other_i to the rows of grad (n, D), multiplies them by the scale, and returns sum_i own_i . grad_i before that.
+// Adds weight_i other_i to the rows of grad (n, D), after writing own_i . grad_i to dots multiplies them by the scale.
 template <typename T>
-FASTCLIP_INLINE double finish_rows(float* grad, const T* own, const T* other, const double* weight, float scale, int64_t n, int64_t depth) {
-  double total = 0;
+FASTCLIP_INLINE void finish(float* grad, const T* own, const T* other, const double* weight, float scale, double* dots, int64_t n, int64_t depth) {
   for (int64_t i = 0; i < n; ++i) {
     Vec product = {};
     for (int64_t d = i * depth; d < (i + 1) * depth; d += kLanes) {
@@ -26,17 +30,26 @@ FASTCLIP_INLINE double finish_rows(float* grad, const T* own, const T* other, co
       product += load(own + d) * g;
       store(grad + d, g * scale);
     }
-    total += sum(product);
+    dots[i] = sum(product);
   }
-  return total;
 }
-FASTCLIP_MULTIVERSION double finish_gradient(float* grad, const float* own, const float* other, const double* weight, float scale, int64_t n,
-                                             int64_t depth) {
-  return finish_rows(grad, own, other, weight, scale, n, depth);
+FASTCLIP_MULTIVERSION void finish_rows(float* grad, const float* own, const float* other, const double* weight, float scale, double* dots,
+                                       int64_t n, int64_t depth) {
+  finish(grad, own, other, weight, scale, dots, n, depth);
 }
-FASTCLIP_MULTIVERSION double finish_gradient(float* grad, const c10::BFloat16* own, const c10::BFloat16* other, const double* weight,
-                                             float scale, int64_t n, int64_t depth) {
-  return finish_rows(grad, own, other, weight, scale, n, depth);
+FASTCLIP_MULTIVERSION void finish_rows(float* grad, const c10::BFloat16* own, const c10::BFloat16* other, const double* weight, float scale,
+                                       double* dots, int64_t n, int64_t depth) {
+  finish(grad, own, other, weight, scale, dots, n, depth);
+}
+
+// The same in parallel; returns the sum of the dots.
+template <typename T>
+double finish_gradient(float* grad, const T* own, const T* other, const double* weight, float scale, int64_t n, int64_t depth) {
+  std::vector<double> dots(n);
+  at::parallel_for(0, n, (1 << 15) / depth + 1, [&](int64_t begin, int64_t end) {
+    finish_rows(grad + begin * depth, own + begin * depth, other + begin * depth, weight + begin, scale, dots.data() + begin, end - begin, depth);
+  });
+  return std::accumulate(dots.begin(), dots.end(), 0.0);
 }
 
 // out_i = a_i . b_i
