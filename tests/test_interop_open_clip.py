@@ -23,6 +23,7 @@ from fastclip import ClipLoss, SigLipLoss
 from fastclip.distributed import sum_over_ranks
 from fastclip.errors import UserError
 from fastclip.interop import open_clip_encoders, open_clip_losses
+from fastclip.ops.attention import pack_text
 from fastclip.testing import clip_features, relative_error
 
 pytestmark = pytest.mark.peer
@@ -230,6 +231,16 @@ def test_towers(config: Any, checkpointing: bool) -> None:
     assert_same(found_grads, grads, 1e-5)
     again, again_grads = outputs(model, config)
     assert all(map(torch.equal, (*again, *again_grads.values()), (*expected, *grads.values())))
+
+
+def test_captions_that_are_packed_already_and_padding_that_is_kept() -> None:
+    model = perturbed(open_clip_model(VIT)).eval()
+    ids = captions(VIT)
+    expected = model.encode_text(ids)
+    with open_clip_encoders(model):
+        assert relative_error(model.encode_text(pack_text(ids)), expected) < 1e-5
+    with open_clip_encoders(model, packed_text=False):
+        assert torch.equal(model.encode_text(ids), expected)  # open_clip's masked attention
 
 
 def test_a_copy_made_while_on_uses_its_own_weights() -> None:

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from fastclip.errors import UserError
 from fastclip.interop.attention import Captions, attention_replacements, dropout
 from fastclip.interop.drop_in import DropIn, Replacement
-from fastclip.ops.attention.packing import pack_text
+from fastclip.ops.attention.packing import PackedText, pack_text
 
 
-def open_clip_encoders(model: nn.Module, impl: str = "auto") -> DropIn:
+def open_clip_encoders(model: nn.Module, packed_text: bool = True, impl: str = "auto") -> DropIn:
     """A drop-in for the towers of an open_clip model: `fastclip.attention`, and captions without their padding.
 
     Same features and gradients. Captions are packed in `encode_text` and in the model's call where the tower is causal
@@ -23,6 +23,9 @@ def open_clip_encoders(model: nn.Module, impl: str = "auto") -> DropIn:
 
     Args:
         model: of open_clip's `create_model`; its parameters and its state dict stay as they are.
+        packed_text: False keeps the padding of all text towers, for `torch.compile(fullgraph=True)`: how long captions
+            are depends on the data. Captions that the loader has packed (`fastclip.ops.attention.pack_text`) are taken
+            too; packing in the model costs a GPU one synchronisation a call.
         impl: as `fastclip.attention`.
 
     Raises:
@@ -35,7 +38,7 @@ def open_clip_encoders(model: nn.Module, impl: str = "auto") -> DropIn:
             raise UserError(f"{type(model).__name__} has no attention of open_clip's that can be replaced")
         is_replaced = {id(replacement.owner) for replacement in found}
         for module in model.modules():
-            if _packs(module, is_replaced):
+            if packed_text and _packs(module, is_replaced):
                 is_tower = hasattr(module, "output_tokens")
                 names = ("forward",) if is_tower else ("encode_text", "_encode_text")
                 make = (lambda theirs: _features) if is_tower else (lambda theirs: _encode_text)
@@ -66,15 +69,15 @@ def _is_causal(mask: Tensor) -> bool:
     return mask.dim() == 2 and torch.equal(mask, torch.full_like(mask, -torch.inf).triu_(1))
 
 
-def _encode_text(module: Any, text: Tensor, normalize: bool = False) -> Tensor:
+def _encode_text(module: Any, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
     """Of `CLIP`, which holds the text tower's parameters itself."""
     features = _features(module, text)
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def _features(module: Any, text: Tensor) -> Tensor:
-    """Token ids (B, L) -> (B, D), not normalised."""
-    packed = pack_text(text)
+def _features(module: Any, text: Tensor | PackedText) -> Tensor:
+    """Token ids (B, L), or captions packed already -> (B, D), not normalised."""
+    packed = text if isinstance(text, PackedText) else pack_text(text)
     dtype = module.transformer.get_cast_dtype()
     x = module.token_embedding(packed.tokens).to(dtype)
     x = x + F.embedding(packed.positions(), module.positional_embedding.to(dtype))  # (T, W)
