@@ -47,15 +47,15 @@ MUTATIONS = (
     Mutation(
         "drop one chunk of the text gradient",
         f"{OPS}/reference.py",
-        "grad_text.addmm_(d_logits.T, image)",
-        "grad_text.addmm_(d_logits.T, image) if rows.start == 0 else None",
+        "grad_text.addmm_(d_logits.T, block.image_features[rows].to(text.dtype))",
+        "grad_text.addmm_(d_logits.T, block.image_features[rows].to(text.dtype)) if rows.start == 0 else None",
         f"{BLOCK} rectangular",
     ),
     Mutation(
         "double one chunk of the text gradient",
         f"{OPS}/reference.py",
-        "grad_text.addmm_(d_logits.T, image)",
-        "grad_text.addmm_(d_logits.T, image, alpha=2 if rows.start else 1)",
+        "grad_text.addmm_(d_logits.T, block.image_features[rows].to(text.dtype))",
+        "grad_text.addmm_(d_logits.T, block.image_features[rows].to(text.dtype), alpha=2 if rows.start else 1)",
         f"{BLOCK} rectangular",
     ),
     Mutation(
@@ -114,6 +114,13 @@ MUTATIONS = (
         "return sum(self.texts[: self.rank])",
         "return self.rank * self.texts[self.rank]",
         f"{RANKS} 4-uneven",
+    ),
+    Mutation(
+        "keep other logits than those of the forward pass",
+        f"{OPS}/reference.py",
+        "kept[rows, :m] = logits[: kept.shape[0] - rows.start]",
+        "kept[rows, :m] = logits[: kept.shape[0] - rows.start] * 1.0001",
+        "tests/test_losses_memory_budget.py same",
     ),
     Mutation(
         "forget the second member of a group",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip.ops.contrastive_loss import reference
-from fastclip.ops.contrastive_loss.types import Statistics
+from fastclip.ops.contrastive_loss.types import Block, Statistics
 
 MAX_ELEMENTS = 1 << 26  # 256 MB of fp32 logits
 
@@ -21,44 +21,28 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def statistics(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> Statistics:
+def statistics(block: Block) -> Statistics:
     """As `reference.statistics`."""
-    logits = product(image_features, text_features.T).mul_(logit_scale)
-    positive, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
-    if kept is not None:
-        kept[:, : logits.shape[1]] = logits[: kept.shape[0]]
+    positive, logits = _split(block)
+    if block.kept is not None:
+        block.kept[:, : logits.shape[1]] = logits[: block.kept.shape[0]]
     return Statistics(positive, *reference.max_and_log_sum(logits, 1), *reference.max_and_log_sum(logits, 0))
 
 
 def negative_gradients(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    d_row_lse: Tensor,
-    d_col_lse: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
+    block: Block, row_lse: Tensor, col_lse: Tensor, d_row_lse: Tensor, d_col_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
-    n, m = image_features.shape[0], text_features.shape[0]
-    if kept is not None and kept.shape[0] == n:
-        logits = kept[:, :m]
+    image_features, text_features, kept = block.image_features, block.text_features, block.kept
+    if kept is not None and kept.shape[0] == image_features.shape[0]:
+        logits = kept[:, : text_features.shape[0]]
     else:
-        logits = product(image_features, text_features.T).mul_(logit_scale)
-        _, logits = reference.split_positives(logits, offset, labels, row_groups, col_groups)
+        _, logits = _split(block)
     d_logits = reference.d_negative_logits(logits, row_lse, col_lse, d_row_lse, d_col_lse)
     return d_logits @ text_features.to(d_logits.dtype), d_logits.T @ image_features.to(d_logits.dtype)
+
+
+def _split(block: Block) -> tuple[Tensor, Tensor]:
+    """The positives, and the matrix of the negatives."""
+    logits = product(block.image_features, block.text_features.T).mul_(block.logit_scale)
+    return reference.split_positives(logits, block.offset, block.labels, block.row_groups, block.col_groups)

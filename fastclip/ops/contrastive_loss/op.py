@@ -16,6 +16,7 @@ from fastclip.ops._rows import add_scaled, inner_product, parts
 from fastclip.ops.contrastive_loss import sums
 from fastclip.ops.contrastive_loss.implementations import implementation
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
+from fastclip.ops.contrastive_loss.types import Block
 
 _MASK = "SymInt offset, Tensor? labels, Tensor? row_groups, Tensor? col_groups"
 _GROUPS = "Tensor? row_groups, Tensor? col_groups"
@@ -41,10 +42,6 @@ _library.define(
 )
 
 
-def _given(**options: Tensor | None) -> dict[str, Tensor]:
-    return {name: x for name, x in options.items() if x is not None}
-
-
 def _fwd(
     image_features: Tensor,
     text_features: Tensor,
@@ -61,8 +58,10 @@ def _fwd(
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
         kept = scale.new_empty((kept_rows, _kept_width(text_features.shape[0])))
         kept[:, text_features.shape[0] :] = -torch.inf
-        options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups, kept=kept if kept_rows else None)
-        return *kernels.statistics(image_features, text_features, scale, offset, **options), kept
+        mask = (offset, labels, row_groups, col_groups)
+        return *kernels.statistics(
+            Block(image_features, text_features, scale, *mask, kept if kept_rows else None)
+        ), kept
 
 
 def _kept_width(m: int) -> int:
@@ -88,15 +87,14 @@ def _bwd(
     kept: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    options = _given(labels=labels, row_groups=row_groups, col_groups=col_groups, kept=kept if kept.numel() else None)
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
         row_lse, d_row_lse = _exact_lse(row_max, row_log_sum, d_row_lse)
         col_lse, d_col_lse = _exact_lse(col_max, col_log_sum, d_col_lse)
-        grad_image, grad_text = kernels.negative_gradients(
-            image_features, text_features, scale, row_lse, col_lse, d_row_lse, d_col_lse, offset, **options
-        )
+        mask = (offset, labels, row_groups, col_groups, kept if kept.numel() else None)
+        block = Block(image_features, text_features, scale, *mask)
+        grad_image, grad_text = kernels.negative_gradients(block, row_lse, col_lse, d_row_lse, d_col_lse)
         _add_positives(grad_image, grad_text, d_positive, image_features, text_features, offset, labels)
         return grad_image, grad_text
 

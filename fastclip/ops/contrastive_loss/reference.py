@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastclip.ops.contrastive_loss.types import Statistics
+from fastclip.ops.contrastive_loss.types import Block, Statistics
 
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32
 
@@ -71,42 +71,26 @@ def _row_chunks(n: int, m: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def _of_rows(rows: slice, x: Tensor | None) -> Tensor | None:
-    return None if x is None else x[rows]
+def _widened(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
 
 
-def statistics(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> Statistics:
-    """The block's statistics.
+def _split(block: Block, rows: slice) -> tuple[Tensor, Tensor]:
+    """The positives of some rows, and the logits of their negatives; the text in the accumulation dtype."""
+    image, text, scale, offset, labels, row_groups, col_groups, _ = block
+    logits = scale * (_widened(image[rows]) @ text.T)
+    labels, row_groups = (None if x is None else x[rows] for x in (labels, row_groups))
+    return split_positives(logits, offset + rows.start, labels, row_groups, col_groups)
 
-    Args:
-        image_features: (n, D).
-        text_features: (M, D).
-        logit_scale: 0-dim, in the accumulation dtype.
-        offset: without labels, the positive of row i is column offset + i; offset = M says that the block has none.
-        labels: (n,) int64, the column of each row's positive, no two the same; -1 for none.
-        row_groups, col_groups: (n,) and (M,) int64, both or neither: what shares a group is neither positive nor
-            negative, but for the positives.
-        kept: (k, at least M), k <= n, filled with the negatives of the first k rows, -inf elsewhere, for
-            `negative_gradients`; an implementation may leave out rows at its end, and then recomputes them there.
-    """
-    dtype = accumulation_dtype(image_features.dtype)
-    n, m, text = image_features.shape[0], text_features.shape[0], text_features.to(dtype)
+
+def statistics(block: Block) -> Statistics:
+    """The block's statistics; fills `block.kept`."""
+    n, kept, text = block.image_features.shape[0], block.kept, _widened(block.text_features)
+    m, block = text.shape[0], block._replace(text_features=text)
     positive, row_max, row_log_sum = (text.new_empty(n) for _ in range(3))
     columns = (text.new_full((m,), -torch.inf), text.new_full((m,), -torch.inf))
     for rows in _row_chunks(n, m):
-        logits = logit_scale * (image_features[rows].to(dtype) @ text.T)
-        positive[rows], logits = split_positives(
-            logits, offset + rows.start, _of_rows(rows, labels), _of_rows(rows, row_groups), col_groups
-        )
+        positive[rows], logits = _split(block, rows)
         if kept is not None and rows.start < kept.shape[0]:
             kept[rows, :m] = logits[: kept.shape[0] - rows.start]
         row_max[rows], row_log_sum[rows] = max_and_log_sum(logits, 1)
@@ -115,42 +99,23 @@ def statistics(
 
 
 def negative_gradients(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    d_row_lse: Tensor,
-    d_col_lse: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
+    block: Block, row_lse: Tensor, col_lse: Tensor, d_row_lse: Tensor, d_col_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dz @ text (n, D), dz^T @ image (M, D)) of the negatives, not yet multiplied by the scale, in the accumulation
     dtype.
 
     row_lse and col_lse are max + log_sum, or +inf where there are no negatives (so that nothing flows there); they may
-    be those of a larger matrix that this is a block of. kept: as `statistics` filled it; what it holds is not made
-    again.
+    be those of a larger matrix that this is a block of.
     """
-    dtype = accumulation_dtype(image_features.dtype)
-    text = text_features.to(dtype)
-    grad_image, grad_text = text.new_empty(image_features.shape), torch.zeros_like(text)
-    for rows in _row_chunks(image_features.shape[0], text.shape[0]):
-        image = image_features[rows].to(dtype)
+    kept, text = block.kept, _widened(block.text_features)
+    block = block._replace(text_features=text)
+    grad_image, grad_text = text.new_empty(block.image_features.shape), torch.zeros_like(text)
+    for rows in _row_chunks(block.image_features.shape[0], text.shape[0]):
         if kept is not None and rows.stop <= kept.shape[0]:
             logits = kept[rows, : text.shape[0]]
         else:
-            _, logits = split_positives(
-                logit_scale * (image @ text.T),
-                offset + rows.start,
-                _of_rows(rows, labels),
-                _of_rows(rows, row_groups),
-                col_groups,
-            )
+            _, logits = _split(block, rows)
         d_logits = d_negative_logits(logits, row_lse[rows], col_lse, d_row_lse[rows], d_col_lse)
         grad_image[rows] = d_logits @ text
-        grad_text.addmm_(d_logits.T, image)
+        grad_text.addmm_(d_logits.T, block.image_features[rows].to(text.dtype))
     return grad_image, grad_text

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastclip.ops.contrastive_loss.dense import product
-from fastclip.ops.contrastive_loss.types import Statistics
+from fastclip.ops.contrastive_loss.types import Block, Statistics
 
 CHUNK_ROWS, CHUNK_COLS = 8192, 32768  # of dz: 512 MB in 16 bits at most
 HALF_RANGE = 2.0**14  # |dz| / max weight is at most 2: 2^15 is below float16's 65504
@@ -235,17 +235,9 @@ def _aligned(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.shape[1] % step)).contiguous()
 
 
-def statistics(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> Statistics:
+def statistics(block: Block) -> Statistics:
     """As `reference.statistics`."""
+    image_features, text_features, logit_scale, offset, labels, row_groups, col_groups, kept = block
     image, text = _aligned(image_features), _aligned(text_features)
     tiles = (TILES if kept is None else KEEPING_TILES)[image.dtype]
     (n, d), m, programs = image.shape, text.shape[0], _programs(image.device)
@@ -265,20 +257,10 @@ def statistics(
 
 
 def negative_gradients(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    d_row_lse: Tensor,
-    d_col_lse: Tensor,
-    offset: int,
-    labels: Tensor | None = None,
-    row_groups: Tensor | None = None,
-    col_groups: Tensor | None = None,
-    kept: Tensor | None = None,
+    block: Block, row_lse: Tensor, col_lse: Tensor, d_row_lse: Tensor, d_col_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `reference.negative_gradients`."""
+    image_features, text_features, logit_scale, offset, labels, row_groups, col_groups, kept = block
     n, m = image_features.shape[0], text_features.shape[0]
     unit = torch.maximum(d_row_lse.abs().max(), d_col_lse.abs().max()).clamp_min_(torch.finfo(torch.float32).tiny)
     unit = torch.ones_like(unit) if image_features.dtype == torch.float32 else unit / HALF_RANGE

@@ -1,8 +1,23 @@
-"""What an implementation of the contrastive block returns."""
+"""What an implementation of the contrastive block is given and returns."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Block(NamedTuple):
+    """One rank's rows against all columns."""
+
+    image_features: Tensor  # (n, D)
+    text_features: Tensor  # (M, D)
+    logit_scale: Tensor  # 0-dim, in the accumulation dtype
+    offset: int  # without labels, the positive of row i is column offset + i; M says that the block has none
+    labels: Tensor | None  # (n,) int64, the column of each row's positive, no two the same; -1 for none
+    row_groups: Tensor | None  # (n,) int64, or None: what shares a group is no negative
+    col_groups: Tensor | None  # (M,) int64, None with row_groups
+    # (k, at least M), k <= n: `statistics` writes the negatives of the first k rows there, -inf elsewhere, and
+    # `negative_gradients` does not make them again. Rows at its end may be left out, and are then made again.
+    kept: Tensor | None
 
 
 class Statistics(NamedTuple):
