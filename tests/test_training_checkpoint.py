@@ -174,8 +174,16 @@ def test_damage_is_refused(checkpoints: Checkpoints, engine: TorchEngine, kind: 
 
 def test_another_run_is_refused(checkpoints: Checkpoints, engine: TorchEngine) -> None:
     folder = save(checkpoints, engine, 1)
+    checkpoints.identity = IDENTITY | {"precision": "bf16"}
+    with pytest.raises(UserError, match="was written with precision = None; this run has precision = bf16"):
+        checkpoints.check(folder)
     checkpoints.identity = IDENTITY | {"world_size": 2}
-    with pytest.raises(UserError, match="was written with world_size = 1, this run has world_size = 2"):
+    assert checkpoints.check(folder).moved == "world_size 1 -> 2"
+    checkpoints.is_portable = False
+    checkpoints.identity = IDENTITY
+    folder = save(checkpoints, engine, 2)
+    checkpoints.identity = IDENTITY | {"world_size": 2}
+    with pytest.raises(UserError, match=r"world_size = 1 and holds no optimizer\.safetensors \(--portable"):
         checkpoints.check(folder)
     vision = dataclasses.replace(checkpoints.model.vision, layers=3)
     checkpoints.model = dataclasses.replace(checkpoints.model, vision=vision)

@@ -52,7 +52,7 @@ def test_a_config_survives_its_file(tmp_path: Path, name: str) -> None:
         ("tensorboard: 1", "tensorboard must be bool, was 1"),
         ("- steps", "must hold `key: value` lines, was a list"),
         ("a: [", "is not YAML"),
-        ("optimizer: sgd", "optimizer must be one of adamw, muon, was 'sgd'"),
+        ("optimizer: sgd", "optimizer must be one of adamw, lamb, lion, muon, stableadamw, was 'sgd'"),
         ("zero_stage: 4", "zero_stage must be 0, 1, 2 or 3, was 4"),
         ("keep: 0", "keep must be at least 1, was 0"),
         ("{optimizer: muon, grad_clip: 1, zero_stage: 2}", "grad_clip would clip Muon's updates"),

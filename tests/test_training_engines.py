@@ -39,7 +39,7 @@ def broken(made: Small, mutation: str) -> Small:
     elif mutation == "drop the scale":
         cache.towers["clip"] = without_the_scale
     else:
-        made.engine.coalesces = False  # type: ignore[attr-defined]
+        made.engine.reduction = "none"  # type: ignore[attr-defined]
         cache._boundary = lambda is_last: None
     return made
 

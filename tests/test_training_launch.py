@@ -86,7 +86,8 @@ def check_curve(
 def test_one_process_of_python(data: Path, tmp_path: Path, curve: list[float]) -> None:
     """DeepSpeed with a world of one, no launcher and no MPI; what a log file sees of it."""
     result = check_curve("python", data, tmp_path / "out", curve)
-    assert "64 pairs in 3 shards, 4 steps an epoch; global batch 16 = 1 ranks x 4 chunks of 4" in result.stdout
+    assert "64 pairs in 3 shards" in result.stdout
+    assert "global batch 16 = 1 ranks x 4 chunks of 4" in result.stdout
     assert "debug, deepspeed ZeRO-1, fp32" in result.stdout
     assert "Report: " in result.stdout
     assert "\r" not in result.stderr
@@ -99,7 +100,7 @@ def test_two_ranks(data: Path, tmp_path: Path, curve: list[float], launcher: str
     assert "global batch 16 = 2 ranks x 2 chunks of 4" in result.stdout
     if launcher == "launch":
         assert result.stdout.startswith("Starting 2 process(es) on the CPU under DeepSpeed's launcher\n")
-        assert len(result.stdout.splitlines()) == 3
+        assert len(result.stdout.splitlines()) == 4
         assert all(line.startswith("train: step") for line in result.stderr.splitlines()), result.stderr
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from contrastive_loss_helpers import run_on_ranks
 from training_helpers import ENGINES, lines, losses, options, small_data, this_rank
+from training_helpers import run as launched
 
 from fastclip.training.__main__ import parse
 from fastclip.training.loop import train
@@ -83,6 +84,34 @@ def test_a_resumed_run_goes_on_bit_equal(runs: Path, engine: str, stage: int) ->
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 def test_a_resumed_run_in_bf16_goes_on_bit_equal(bf16_runs: Path, engine: str, stage: int) -> None:
     assert_went_on_bit_equal(bf16_runs / f"{engine}{stage}")
+
+
+MOVES = [("deepspeed3", "deepspeed", 2), ("deepspeed2", "torch", 0), ("torch0", "deepspeed", 3)]
+
+
+@pytest.mark.parametrize(("source", "engine", "stage"), MOVES)
+def test_a_run_goes_on_with_one_rank_at_another_stage(runs: Path, source: str, engine: str, stage: int) -> None:
+    """From two ranks, by parameter name: the same samples, the same curve."""
+    out = runs / f"{source}-moved"
+    step = runs / source / "checkpoints" / "step_00000003"
+    again = options(runs / "data", out, steps=STEPS, resume=step, engine=engine, zero_stage=stage, workers=0)
+    result = launched("python", again)
+    assert result.returncode == 0, result.stderr
+    assert losses(out) == pytest.approx(losses(runs / source)[3:], rel=1e-5)
+    assert lines(out)[0]["step"] == 4
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_more_ranks(runs: Path) -> None:
+    one, two = runs / "one", runs / "two"
+    result = launched("python", options(runs / "data", one, steps=STEPS, save_every=3, zero_stage=1))
+    assert result.returncode == 0, result.stderr
+    run_on_ranks(2, run_moved, runs / "data", two, one / "checkpoints" / "step_00000003", timeout=TIMEOUT)
+    assert losses(two) == pytest.approx(losses(one)[3:], rel=1e-5)
+
+
+def run_moved(data: Path, out: Path, step: Path) -> None:
+    run(data, out, resume=step, zero_stage=3)
 
 
 def test_a_run_folder_is_whole(runs: Path) -> None:

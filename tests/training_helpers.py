@@ -37,14 +37,14 @@ def this_rank() -> Processes:
     return start_processes()
 
 
-def global_batches(count: int) -> list[tuple[Tensor, Tensor]]:
+def global_batches(count: int, size: int = BATCH) -> list[tuple[Tensor, Tensor]]:
     """Random images and captions of every length up to 30 tokens, the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(count):
-        image = torch.randint(0, 256, (BATCH, 3, 64, 64), generator=generator, dtype=torch.uint8)
-        text = torch.randint(1, 1000, (BATCH, 32), generator=generator)
-        lengths = torch.randint(2, 31, (BATCH, 1), generator=generator)
+        image = torch.randint(0, 256, (size, 3, 64, 64), generator=generator, dtype=torch.uint8)
+        text = torch.randint(1, 1000, (size, 32), generator=generator)
+        lengths = torch.randint(2, 31, (size, 1), generator=generator)
         place = torch.arange(32)
         text = torch.where(place < lengths, text, torch.where(place == lengths, 1023, 0))
         batches.append((image, text))
@@ -61,12 +61,12 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.05)
 
 
-def whole_batch_sgd(steps: int) -> tuple[State, list[float]]:
-    """Weights and gradient norms of autograd on whole batches in one process."""
-    config, model = get_config(MODEL), debug_model()
+def whole_batch_sgd(steps: int, size: int = BATCH) -> tuple[State, list[float]]:
+    """Weights and gradient norms of autograd on whole batches in one process, in fp64."""
+    config, model = get_config(MODEL), debug_model().double()
     optimizer, norms = sgd([{"params": list(model.parameters())}]), []
-    for image, text in global_batches(steps):
-        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float32)
+    for image, text in global_batches(steps, size):
+        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float64)
         optimizer.zero_grad()
         contrastive_loss(**model(pixels, text, output_dict=True)).backward()
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
@@ -88,28 +88,39 @@ class Small:
     processes: Processes
     engine: Engine
     cache: GradCache
+    global_batch: int = BATCH
 
-    def steps(self, count: int) -> list[tuple[float, StepResult]]:
-        n = BATCH // self.processes.world_size
+    def steps(self, count: int, first: int = 0) -> list[tuple[float, StepResult]]:
+        n = self.global_batch // self.processes.world_size
         own, results = slice(self.processes.rank * n, (self.processes.rank + 1) * n), []
-        for image, text in global_batches(count):
+        for image, text in global_batches(first + count, self.global_batch)[first:]:
             loss = self.cache.step({"clip": (image[own], text[own])})
             results.append((float(loss), self.engine.step(1.0)))
         return results
 
 
-def small(processes: Processes, kind: str, stage: int, **options: Any) -> Small:
-    """The engine `kind` at `stage`, under plain SGD unless `options` name an optimizer."""
+def small(
+    processes: Processes,
+    kind: str,
+    stage: int,
+    zero: dict[str, Any] | None = None,
+    weights: State | None = None,
+    **options: Any,
+) -> Small:
+    """The engine `kind` at `stage`, under plain SGD unless `options` name an optimizer; `zero` is DeepSpeed's JSON."""
     make_optimizer = None if "optimizer" in options else sgd
     config = TrainConfig(
         **{"engine": kind, "zero_stage": stage, "global_batch": BATCH, "chunk_size": CHUNK, "precision": "fp32"}
         | options
     )
     config, ds_config, _ = resolve_deepspeed(config, processes.world_size)
-    engine = build_engine(debug_model(), config, processes, ds_config if kind == "deepspeed" else None, make_optimizer)
-    return Small(
-        processes, engine, build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
-    )
+    ds_config["zero_optimization"] |= zero or {}
+    model = debug_model()
+    if weights:
+        model.load_state_dict(weights)
+    engine = build_engine(model, config, processes, ds_config if kind == "deepspeed" else None, make_optimizer)
+    cache = build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
+    return Small(processes, engine, cache, config.global_batch)
 
 
 def small_data(directory: Path, count: int = 64, shards: int = 3, **broken: Any) -> Path:

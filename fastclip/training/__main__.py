@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fastclip.errors import UserError
 from fastclip.training.config import TrainConfig, read_config, with_values
+from fastclip.training.open_clip import translate
 from fastclip.training.recipes import RECIPES, get_recipe
+from fastclip.training.signals import requests_to_end
 
 # tyro joins the lines of a paragraph and leaves the line that comes of it as long as it is.
 USAGE = f"""Train CLIP on image-text pairs.
@@ -20,6 +22,8 @@ Starts from --recipe {{{",".join(RECIPES)}}}, then --config FILE (YAML),
 then the options below; with --resume alone from the resumed run's config.
 
 One process:    fastclip train --recipe demo --data data/demo --out runs/x
+
+From open_clip: --from-open-clip "its command line" instead of --recipe; what it cannot translate it says
 
 All of it here: python -m fastclip.training.launch, with the same options
 
@@ -35,13 +39,18 @@ def parse(arguments: Sequence[str], aloud: bool = True) -> TrainConfig:
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog="fastclip train")
-    for option in ("--recipe", "--config", "--resume", "--out"):
+    for option in ("--recipe", "--config", "--resume", "--out", "--from-open-clip"):
         first.add_argument(option)
     first.add_argument("--local_rank", "--local-rank")  # the launchers add it; the environment says the same
     try:
         chosen, rest = first.parse_known_args(list(arguments))
         config = get_recipe(chosen.recipe) if chosen.recipe else TrainConfig()
         resumed_config = _config_of_run(chosen.resume, chosen.out)
+        if chosen.from_open_clip:
+            values, notes = translate(chosen.from_open_clip)
+            config = with_values(config, values, "--from-open-clip")
+            if aloud:
+                print("\n".join(f"--from-open-clip: {note}" for note in notes), flush=True)
         if chosen.config:
             config = read_config(chosen.config, config)
         elif resumed_config and not chosen.recipe:
@@ -58,22 +67,23 @@ def parse(arguments: Sequence[str], aloud: bool = True) -> TrainConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user's mistake (told once, by the first rank), 1 a fault, 130 after Ctrl-C."""
-    is_first, is_launched = os.environ.get("RANK", "0") == "0", "RANK" in os.environ
+    is_first = os.environ.get("RANK", "0") == "0"
     config, mistake, processes = None, None, None
     try:
-        try:
-            config = parse(sys.argv[1:] if arguments is None else arguments, aloud=is_first)
-        except UserError as error:
-            mistake = error
-            if not is_launched:
-                raise
-        from fastclip.training.loop import train
-        from fastclip.training.processes import start_processes, stop_processes
+        with requests_to_end() as request:  # from the first moment: imports and the rendezvous take seconds
+            try:
+                config = parse(sys.argv[1:] if arguments is None else arguments, aloud=is_first)
+            except UserError as error:
+                mistake = error
+                if "RANK" not in os.environ:  # no other ranks that must hear of it
+                    raise
+            from fastclip.training.loop import train
+            from fastclip.training.processes import start_processes, stop_processes
 
-        processes = start_processes()
-        processes.raise_together(mistake)
-        assert config is not None
-        train(config, processes)
+            processes = start_processes()
+            processes.raise_together(mistake)
+            assert config is not None
+            train(config, processes, request)
     except UserError as error:
         _say(str(error), is_first)
         status = 2

@@ -5,6 +5,7 @@ runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the 
                                  model.safetensors, open_clip_config.json, tokenizer.json: a model to use anywhere
                                  data.json      where the loader and the run stood
                                  state/         what the engine needs to go on, bit for bit
+                                 optimizer.safetensors   the same of its optimizer by parameter name, for other layouts
 """
 
 from __future__ import annotations
@@ -13,33 +14,48 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastclip.data import Tokenizer
 from fastclip.errors import UserError
-from fastclip.models.checkpoint import LATEST, STEPS, resolve_checkpoint, save_model
+from fastclip.models import resolve_checkpoint
+from fastclip.models.checkpoint import LATEST, STEPS, WEIGHTS, save_model
 from fastclip.models.config import CLIPConfig
 from fastclip.training.engine import Engine
+from fastclip.training.open_clip import read_checkpoint
 from fastclip.training.processes import Processes
 
-MANIFEST, DATA, STATE = "manifest.json", "data.json", "state"
+MANIFEST, DATA, STATE, MOMENTS = "manifest.json", "data.json", "state", "optimizer.safetensors"
+LAYOUT = ("engine", "world_size", "zero_stage")  # of `identity`: what a portable checkpoint may be taken up without
 _CHUNK = 1 << 22
 _WRITING, _DELETING = ".writing_", ".deleting_"
 
 
+class NotSaved(UserError):
+    """A checkpoint could not be written (the disk is full, say); the ones before are as they were."""
+
+
 @dataclass(frozen=True)
 class Saved:
-    """A step folder's record: `identity` is what must be the same to go on (engine, world size, ZeRO stage, ...)."""
+    """A step folder's record: `identity` is what must be the same to go on (engine, world size, ZeRO stage, ...).
+
+    moved: what of the layout differs, so that the run goes on from the portable part, "world_size 2 -> 1".
+    """
 
     folder: Path
     step: int
     identity: dict[str, Any]
     loader: dict[str, Any]
     progress: dict[str, Any]
+    moved: str = ""
 
 
 class Checkpoints:
@@ -53,36 +69,85 @@ class Checkpoints:
         identity: dict[str, Any],
         processes: Processes,
         keep: int,
+        is_portable: bool = True,
+        in_background: bool = False,
     ) -> None:
         self.run, self.model, self.tokenizer, self.identity = run, model, tokenizer, identity
         self.processes, self.keep = processes, keep
+        self.is_portable, self.in_background = is_portable, in_background
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def save(self, step: int, engine: Engine, loader: dict[str, Any], progress: dict[str, Any]) -> Path:
-        """Writes the folder of `step`; returns when it is safe on disk."""
+        """Writes the folder of `step`, which is safe on disk when this returns, or in the background when `wait` does.
+
+        Raises NotSaved on every rank if one cannot write, or could not the last time.
+        """
+        self.wait()
         steps = self.run / STEPS
         final, aside = steps / f"step_{step:08d}", steps / f"{_WRITING}{step:08d}"
-        if self.processes.is_first:
-            clean(self.run)
-            (aside / STATE).mkdir(parents=True)
-        self.processes.barrier()
-        engine.save_state(aside / STATE)
-        torch.save(_random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
+        with self._failing_together():
+            if self.processes.is_first:
+                clean(self.run)
+                (aside / STATE).mkdir(parents=True)
+        with self._failing_together():
+            engine.save_state(aside / STATE)
+            torch.save(_random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
         weights = engine.full_state_dict()
-        self.processes.barrier()
+        moments = engine.optimizer_state() if self.is_portable else None
+        data = json.dumps({"loader": loader, "progress": progress})
         if self.processes.is_first:
-            save_model(aside, weights, self.model)
-            self.tokenizer.save(aside / "tokenizer.json")
-            (aside / DATA).write_text(json.dumps({"loader": loader, "progress": progress}))
-            _write_manifest(aside, step, self.identity)
-            _remove(final)
-            aside.rename(final)
-            _flush(steps)
-            write_atomically(self.run / LATEST, f"{final.name}\n")
-            # Of a run that went back to an earlier step the later folders stay, until it reaches them.
-            for old in sorted(path for path in steps.glob("step_*") if path.name <= final.name)[: -self.keep]:
-                _remove(old)
-        self.processes.barrier()
+            self._writing = self._writer.submit(self._complete, step, aside, final, weights, moments, data)
+        if not self.in_background:
+            self.wait()
         return final
+
+    def wait(self) -> None:
+        """Returns when the last save is safe on disk. Raises NotSaved on every rank if it failed."""
+        with self._failing_together():
+            writing, self._writing = self._writing, None
+            if writing:
+                writing.result()
+
+    def _complete(
+        self,
+        step: int,
+        aside: Path,
+        final: Path,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor] | None,
+        data: str,
+    ) -> None:
+        """The first rank's part, which needs no other rank any more."""
+        from safetensors.torch import save_file
+
+        save_model(aside, weights, self.model)
+        if moments is not None:
+            save_file(moments, aside / MOMENTS)
+        self.tokenizer.save(aside / "tokenizer.json")
+        (aside / DATA).write_text(data)
+        _write_manifest(aside, step, self.identity)
+        _remove(final)
+        aside.rename(final)
+        _flush(final.parent)
+        write_atomically(self.run / LATEST, f"{final.name}\n")
+        # Of a run that went back to an earlier step the later folders stay, until it reaches them.
+        for old in sorted(path for path in final.parent.glob("step_*") if path.name <= final.name)[: -self.keep]:
+            _remove(old)
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Whatever keeps one rank from writing inside is raised on every rank, once all have come so far."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # OSError, and what torch and safetensors make of one
+            failure = error
+        said = [one for one in self.processes.gather(None if failure is None else _in_a_line(failure)) if one]
+        if said:
+            if self.processes.is_first:
+                clean(self.run)
+            raise NotSaved(f"a checkpoint in {self.run} could not be written: {said[0]}") from failure
 
     def check(self, folder: Path) -> Saved:
         """The record of `folder` if this run can go on from it; waits for no other rank.
@@ -105,16 +170,32 @@ class Checkpoints:
         if saved_model != self.model:
             changed = ", ".join(_differences(saved_model, self.model))
             raise UserError(f"checkpoint {folder} holds another architecture than --model: {changed}")
+        moved = []
         for key, value in self.identity.items():
             if identity.get(key) != value:
-                raise UserError(
-                    f"checkpoint {folder} was written with {key} = {identity.get(key)}, this run has {key} = {value}"
-                )
+                if key not in LAYOUT or MOMENTS not in files:
+                    written = f"checkpoint {folder} was written with {key} = {identity.get(key)}"
+                    why = f" and holds no {MOMENTS} (--portable; not for Muon at ZeRO-1 and 2)" if key in LAYOUT else ""
+                    raise UserError(f"{written}{why}; this run has {key} = {value}")
+                moved.append(f"{key} {identity.get(key)} -> {value}")
         data = _read_json(folder / DATA)
-        return Saved(folder, step, identity, data["loader"], data["progress"])
+        return Saved(folder, step, identity, data["loader"], data["progress"], ", ".join(moved))
 
     def load(self, saved: Saved, engine: Engine) -> None:
-        """Puts the engine and the random generators back where `saved` left them."""
+        """Puts the engine and the random generators back where `saved` left them.
+
+        In another layout the weights, the optimizer and the data go on; random numbers begin anew, as does the scale of
+        an fp16 loss.
+        """
+        if saved.moved:
+            from safetensors.torch import load_file
+
+            if saved.folder.is_file():
+                weights, moments, _ = read_checkpoint(saved.folder)
+            else:
+                weights, moments = load_file(saved.folder / WEIGHTS), load_file(saved.folder / MOMENTS)
+            engine.load_portable(weights, moments)
+            return
         engine.load_state(saved.folder / STATE)
         random = torch.load(saved.folder / STATE / f"random_{self.processes.rank}.pt", weights_only=True)
         torch.set_rng_state(random["cpu"])
@@ -185,6 +266,11 @@ def _differences(saved: Any, wanted: Any, where: str = "") -> list[str]:
 def _random_states() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _in_a_line(failure: Exception) -> str:
+    kind = "" if isinstance(failure, OSError) else f"{type(failure).__name__}: "
+    return kind + " ".join(str(failure).split())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

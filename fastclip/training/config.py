@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastclip.errors import UserError
 
+PER_TENSOR = ("lamb", "stableadamw")  # optimizers
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -25,11 +27,39 @@ class TrainConfig:
     """Range of the share of an image that the training crop keeps."""
     hard_negatives: bool = False
     """Beside each caption one with two words exchanged, or one replaced, as a further negative (NegCLIP, 2023)."""
+    upsampling: str = ""
+    """Of the sources of a mixture "a::b": how often an epoch holds each sample of each, "1::0.5"."""
+    resampled: int = 0
+    """Samples of an epoch drawn with replacement; 0: every sample once."""
+    text_keys: str = ""
+    """Captions by key and weight, "txt=1::synthetic=3"; default: the JSON's captions, else the text."""
+    image_key: str = ""
+    """Column of a table that names the image files."""
+    caption_key: str = ""
+    """Column of a table that holds the captions."""
+    fast_decode: bool = False
+    """Decode JPEGs at a reduced scale: faster, a few pixels in a thousand off by one level."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strengths of brightness, contrast, saturation and hue, as in open_clip's --aug-cfg."""
+    color_jitter_prob: float = 0.0
+    """Share of images whose colours are jittered."""
+    gray_scale_prob: float = 0.0
+    """Share of images that become grey."""
+    strict: bool = False
+    """The first sample that cannot be used ends the run."""
+    max_broken: float = 0.5
+    """Share of broken samples that ends the run with a summary."""
     workers: int = 1
     """Processes per rank that decode images."""
 
     model: str = "ViT-B-32"
     """Name of the model (see fastclip.models.PRESETS)."""
+    image_size: int = 0
+    """Height and width of images in pixels, of a model made for others; 0 takes the model's."""
+    context_length: int = 0
+    """Most tokens of a caption; 0 takes the model's."""
+    patch_dropout: float = -1.0
+    """Share of patches left out of each image while training (FLIP, Li et al. 2023); -1 takes the model's."""
     init: str = ""
     """Checkpoint to take the initial weights from; default: OpenAI's initialisation."""
     seed: int = 0
@@ -44,24 +74,59 @@ class TrainConfig:
     minutes: float = 0.0
     """Ends the run after this wall-clock time, with the schedule following the clock; 0 is no limit."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the blocks' matrices with adamw for everything else (Jordan et al. 2024)."""
+    optimizer: Literal["adamw", "lamb", "lion", "muon", "stableadamw"] = "adamw"
+    """muon is for the blocks' matrices, with adamw for everything else (Jordan et al. 2024); lamb and stableadamw
+    measure whole tensors and need zero_stage 0 or engine torch."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of all that is not Muon's."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's betas."""
+    """The optimizer's betas."""
     eps: float = 1e-6
-    """AdamW's epsilon."""
+    """The optimizer's epsilon."""
     weight_decay: float = 0.1
-    """Of matrices that are no embeddings; gains, biases, embeddings and the scale have none."""
+    """Of matrices; gains, biases, embeddings and the scale have none."""
     warmup: int = 100
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after warm-up: down to zero along half a cosine, or constant."""
+    decay_embeddings: bool = False
+    """Decay embeddings too, as open_clip does."""
+    schedule: Literal["cosine", "open_clip", "constant", "wsd"] = "cosine"
+    """Learning rate after warm-up: down to zero along half a cosine (open_clip's begins behind the warm-up), constant,
+    or constant and then down (wsd)."""
+    cooldown: float = 0.2
+    """Share of the run in which wsd goes down to zero."""
+    image_lr: float = 0.0
+    """Peak learning rate of the image tower; 0 takes `lr`."""
+    text_lr: float = 0.0
+    """Peak learning rate of the text tower; 0 takes `lr`."""
+    image_weight_decay: float = -1.0
+    """Weight decay of the image tower; -1 takes `weight_decay`."""
+    text_weight_decay: float = -1.0
+    """Weight decay of the text tower; -1 takes `weight_decay`."""
+    image_layer_decay: float = 1.0
+    """Each block of the image tower has this many times the learning rate of the one behind it."""
+    text_layer_decay: float = 1.0
+    """The same of the text tower."""
+    lock_image: bool = False
+    """Leave the image tower as it is (LiT, Zhai et al. 2022)."""
+    image_unlocked: int = 0
+    """Groups of a locked image tower that train nevertheless, from the last: projection, last block and norm, ..."""
+    lock_text: bool = False
+    """Leave the text tower as it is."""
+    text_unlocked: int = 0
+    """Groups of a locked text tower that train nevertheless, from the last."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    contrastive_weight: float = 1.0
+    """Of the contrastive loss in the sum of losses."""
+    sigmoid_weight: float = 0.0
+    """Of the sigmoid loss (SigLIP, Zhai et al. 2023) in the sum; above 0 the model has a logit_bias."""
+    distill_weight: float = 0.0
+    """Of the distillation loss in the sum, from a teacher's features that lie beside each sample as
+    teacher_image.npy and teacher_text.npy."""
+    distill_scale: float = 100.0
+    """The teacher's logit scale, exponentiated."""
     loss_impl: Literal["auto", "reference", "dense", "cpu", "triton"] = "auto"
     """Implementation of the contrastive loss."""
 
@@ -71,8 +136,16 @@ class TrainConfig:
     """Of the model's computation; master weights and the loss are fp32."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1 partitions the optimizer state, 2 the gradients too, 3 the weights too; 0 nothing."""
+    reduction: Literal["auto", "coalesced", "boundary", "unmanaged"] = "auto"
+    """How DeepSpeed sums gradients over ranks: once a step from whole local gradients (coalesced; auto, where
+    offered), at each chunk, which holds less at zero_stage 2 and 3 (boundary), or within its step (unmanaged)."""
     deepspeed_config: str = ""
     """DeepSpeed JSON merged over the generated one; conflicts are shown, settings known to be wrong refused."""
+
+    max_skipped: int = 50
+    """Steps in a row that may be skipped for a gradient that is not finite; one more ends the run."""
+    hang_timeout: float = 40.0
+    """Seconds after which a rank that gives no sign of life, or stands still within a step, ends the run; 0: never."""
 
     out: str = ""
     """Run folder; default runs/<model>-<date>."""
@@ -82,10 +155,18 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
     """Steps between two evaluations; 0 evaluates at the end only."""
+    best: str = ""
+    """Figure of an evaluation, SET/FIGURE (digits_test/top1, scenes_test/text_to_image/R@1): the weights of the step
+    where it was highest are kept in best/."""
     save_every: int = 0
     """Steps between two checkpoints; 0 saves at the end only."""
     keep: int = 3
     """Checkpoints to keep."""
+    portable: bool = True
+    """Keep the optimizer's state in them by parameter name too, so that a run can go on with another number of ranks,
+    ZeRO stage or engine."""
+    background_save: bool = True
+    """Hash and flush them while training goes on."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     wandb: str = ""
@@ -105,15 +186,39 @@ class TrainConfig:
             "warmup": 0,
             "log_every": 1,
         }
-        least |= {"eval_every": 0, "save_every": 0, "keep": 1, "grad_clip": 0, "lr": 0, "muon_lr": 0, "weight_decay": 0}
+        least |= {
+            "eval_every": 0,
+            "save_every": 0,
+            "keep": 1,
+            "max_skipped": 0,
+            "hang_timeout": 0,
+            "grad_clip": 0,
+            "lr": 0,
+            "muon_lr": 0,
+            "weight_decay": 0,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} must be at least {low}, was {getattr(self, name)}")
+        for name in ("cooldown", "image_layer_decay", "text_layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} must be above 0 and at most 1, was {getattr(self, name)}")
+        if not self.contrastive_weight + self.sigmoid_weight + self.distill_weight:
+            raise UserError("the weights of all losses are 0, one must be above")
+        if self.hard_negatives and self.sigmoid_weight:
+            raise UserError("hard_negatives are texts without an image, which the sigmoid loss cannot take: leave one")
+        if self.schedule == "open_clip" and self.minutes:
+            raise UserError("schedule open_clip counts steps: use cosine with --minutes")
         if self.zero_stage not in (0, 1, 2, 3):
             raise UserError(f"zero_stage must be 0, 1, 2 or 3, was {self.zero_stage}")
         if self.engine == "torch" and self.precision == "fp16":
             raise UserError(
                 "precision fp16 needs loss scaling, which engine torch has not: use bf16 or engine deepspeed"
+            )
+        if self.optimizer in PER_TENSOR and self.engine == "deepspeed" and self.zero_stage:
+            raise UserError(
+                f"optimizer {self.optimizer} measures whole tensors, of which zero_stage 1 to 3 gives it flat parts: "
+                "use zero_stage 0 or engine torch, or adamw or lion"
             )
         if self.optimizer == "muon" and self.engine == "deepspeed" and self.zero_stage and self.grad_clip:
             raise UserError(

@@ -13,7 +13,7 @@ from fastclip.training.config import TrainConfig
 
 _REFUSED = {
     "gradient_accumulation_steps": "GradCache makes the chunks of a step: set --chunk-size instead",
-    "managed_gradient_accumulation": "the engine marks the end of a step itself",
+    "managed_gradient_accumulation": "the engine marks the end of a step itself: set --reduction instead",
     "train_batch_size": "it is the run's: set --global-batch instead",
     "train_micro_batch_size_per_gpu": "it is global_batch / ranks: set --global-batch instead",
     "optimizer": "the run builds it: set --optimizer, --lr and --weight-decay instead",
@@ -80,6 +80,7 @@ def _generated(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Why each key is explicit: `gradient_clipping` is 1.0 where it is left out (since DeepSpeed 0.19); accumulation is
     1 because GradCache makes the chunks of a step itself and marks their end; Muon needs whole gradients on every rank.
     """
+    unmanaged = {"managed_gradient_accumulation": False} if config.reduction == "unmanaged" else {}
     return {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": config.global_batch // world_size,
@@ -98,6 +99,7 @@ def _generated(config: TrainConfig, world_size: int) -> dict[str, Any]:
         },
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        **unmanaged,
     }
 
 

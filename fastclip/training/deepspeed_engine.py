@@ -11,8 +11,8 @@ import copy
 import difflib
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from fastclip.errors import UserError
+from fastclip.grad_cache import statistics_held
 from fastclip.models.clip import CLIP
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import DTYPES, MakeOptimizer, StepResult
-from fastclip.training.optim import parameter_groups
+from fastclip.training.optim import lock_towers, parameter_groups, set_training
+from fastclip.training.optimizers import OPTIMIZERS
 from fastclip.training.processes import Processes
+from fastclip.training.zero_state import ZeroState
 
 _TAG = "engine"
 _UNFINISHED = "the step before failed half-way, its gradient is incomplete: go on from a checkpoint"
@@ -47,51 +50,52 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_init_required=False)
         _check_config(ds_config, config.deepspeed_config)
         self.processes, self.dtype = processes, DTYPES[config.precision]
+        lock_towers(model, config)
         groups = parameter_groups(model, config)
         self.has_muon = not make_optimizer and any(group["use_muon"] for group in groups)
-        optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, processes)
+        optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, config.optimizer, processes)
         with self._muon_settings():
             self.engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         self.names = {p: name for name, p in self.engine.module.named_parameters()}
         self.peaks = [group["lr"] for group in self.engine.optimizer.param_groups]
-        # In fp32 ZeRO-0 leaves the optimizer as it is: nobody looks at the gradient before it is applied.
-        self.is_bare = isinstance(self.engine.optimizer, torch.optim.Optimizer)
-        # One reduction a step where DeepSpeed offers it; else it reduces at each chunk and is told which is the last.
-        self.coalesces = hasattr(self.engine.optimizer, "_coalesce_grad_reduction")
-        self._reduction = ExitStack()
+        self.state = ZeroState(self.engine, self.names)
+        self.reduction = self._reduction_path(config)
+        self._coalescing = ExitStack()
         self._is_open = self._is_last = False
         self._undo_empty_step()
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         if self._is_open and not torch.is_grad_enabled():  # a step begins with the forwards that keep no graph
             raise RuntimeError(_UNFINISHED)
-        return self.engine(image, text, output_dict=True)
+        held = nullcontext() if torch.is_grad_enabled() else statistics_held(self.engine.module)
+        with held:
+            return self.engine(image, text, output_dict=True)
 
     def train(self, mode: bool) -> None:
-        self.engine.train(mode)
+        set_training(self.engine, mode)
 
     def set_boundary(self, is_last: bool) -> None:
         if self._is_open and self._is_last:
             raise RuntimeError(_UNFINISHED)
-        if not self.coalesces:
+        if self.reduction == "boundary":
             self.engine.set_gradient_accumulation_boundary(is_last)
-        elif not self._is_open:
-            self._reduction.enter_context(self.engine.coalesce_grad_reduction())
+        elif self.reduction == "coalesced" and not self._is_open:
+            self._coalescing.enter_context(self.engine.coalesce_grad_reduction())
         self._is_open, self._is_last = True, is_last
 
     def backward(self, surrogate: Tensor) -> None:
         self.engine.backward(surrogate, scale_wrt_gas=False)
         if self._is_last:
             with self._muon_settings():
-                self._reduction.close()
+                self._coalescing.close()
             self._is_open = False
 
     def step(self, lr_factor: float) -> StepResult:
         for group, peak in zip(self.engine.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * lr_factor
-        norm = self._norm() if self.is_bare else None
+        norm = self._norm() if self.state.is_bare else None  # else nobody looks at it before it is applied
         if norm is not None and not norm.isfinite():
             self.engine.zero_grad()
             return StepResult(float(norm), True)
@@ -102,7 +106,19 @@ class DeepSpeedEngine:
         return StepResult(float("nan") if norm is None else float(norm), not self.engine.was_step_applied())
 
     def save_state(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        # Ranks wait for each other within: one that cannot write says so afterwards.
+        writer, failures = self.engine.checkpoint_engine.save, []
+
+        def save(*args: Any, **options: Any) -> None:
+            try:
+                writer(*args, **options)
+            except (OSError, RuntimeError) as failure:
+                failures.append(failure)
+
+        with patch.object(self.engine.checkpoint_engine, "save", save):
+            self.engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        if failures:
+            raise failures[0]
 
     def load_state(self, directory: Path) -> None:
         # DeepSpeed's own optimizer shards are pickles: resume only runs you trust.
@@ -111,37 +127,49 @@ class DeepSpeedEngine:
             raise UserError(f"checkpoint {directory.parent} holds no state of a DeepSpeed engine")
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        masters = self._whole_masters()
-        state = {}
+        is_first, state = self.processes.is_first, {}
         for parameter, name in self.names.items():
-            value = masters[parameter] if parameter in masters else safe_get_full_fp32_param(parameter)
-            if self.processes.is_first:
-                state[name] = (parameter if value is None else value).detach().float().cpu().clone()
+            value = self.state.weight(parameter)
+            if is_first:
+                state[name] = value.cpu().clone()
         kept = self.engine.module.state_dict()
         buffers = (name for name, _ in self.engine.module.named_buffers() if name in kept)
-        return state | {name: kept[name].cpu().clone() for name in buffers} if self.processes.is_first else {}
+        return state | {name: kept[name].cpu().clone() for name in buffers} if is_first else {}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        is_first = self.processes.is_first
+        return {name: value.cpu().clone() for name, value in self.state.moments() if is_first}
+
+    def load_portable(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        with self._muon_settings():
+            self.state.put(weights, moments)
+
+    def _reduction_path(self, config: TrainConfig) -> str:
+        """The one that the config names, or the best that this DeepSpeed and this stage offer."""
+        offered = {
+            "coalesced": hasattr(self.engine.optimizer, "_coalesce_grad_reduction"),
+            "boundary": True,
+            # An older DeepSpeed ignores its key; a bare optimizer's gradient is looked at before the step.
+            "unmanaged": hasattr(self.engine, "managed_gradient_accumulation") and not self.state.is_bare,
+        }
+        if config.reduction == "auto":
+            return "coalesced" if offered["coalesced"] else "boundary"
+        if not offered[config.reduction]:
+            raise UserError(
+                f"reduction {config.reduction} is not offered by this DeepSpeed at zero_stage {config.zero_stage} in "
+                f"{config.precision}: use auto, {', '.join(name for name, is_there in offered.items() if is_there)}"
+            )
+        return config.reduction
 
     def _undo_empty_step(self) -> None:
         """ZeRO-0 in bf16 or fp16 has taken a step of zero gradient to make the optimizer's state.
 
         Left as it is, Adam's bias correction is one step ahead: the first update comes out a quarter too small.
         """
-        if not self.is_bare and self.engine.zero_optimization_stage() == 0:
-            self.engine.optimizer.optimizer.state.clear()
-            for half, master in self._whole_masters().items():
+        if not self.state.is_bare and self.state.stage == 0:
+            self.state.optimizer.state.clear()
+            for half, master in self.state.masters.items():
                 master.data.copy_(half)
-
-    def _whole_masters(self) -> dict[Tensor, Tensor]:
-        """The fp32 weights behind those of ZeRO-0, which are in fp32 themselves or in bf16 or fp16 with a copy."""
-        if self.is_bare:
-            return {parameter: parameter for parameter in self.names}
-        optimizer = self.engine.optimizer
-        if self.engine.zero_optimization_stage() > 0:
-            return {}
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return {half: full for halves, fulls in groups for half, full in zip(halves, fulls, strict=True)}
 
     def _norm(self) -> Tensor:
         """Of the gradient, which every rank has whole and reduced by now."""
@@ -205,10 +233,11 @@ def _check_config(ds_config: dict[str, Any], file: str) -> None:
         raise UserError(f"deepspeed_config {file} is refused by DeepSpeed: {'; '.join(lines)}") from error
 
 
-def _optimizer(groups: list[dict[str, Any]], processes: Processes) -> torch.optim.Optimizer:
-    """torch's AdamW, or DeepSpeed's Muon, which ZeRO hands whole matrices where torch's would see flat partitions."""
+def _optimizer(groups: list[dict[str, Any]], name: str, processes: Processes) -> torch.optim.Optimizer:
+    """torch's or ours, or DeepSpeed's Muon, which ZeRO hands whole matrices where torch's would see flat partitions."""
     if not any(group["use_muon"] for group in groups):
-        return torch.optim.AdamW([{k: v for k, v in group.items() if k != "use_muon"} for group in groups])
+        kind = OPTIMIZERS.get(name, torch.optim.AdamW)
+        return kind([{key: value for key, value in group.items() if key != "use_muon"} for group in groups])
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     # "gram" computes in fp16, which CPUs emulate.

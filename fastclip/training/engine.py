@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ class Engine(Protocol):
     """A model under an optimizer: many backwards, one reduction over the ranks, one step."""
 
     dtype: torch.dtype
+    reduction: str  # how gradients are summed over the ranks, in a word
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
         """CLIP.forward(image, text, output_dict=True) through whatever wraps the model."""
@@ -48,6 +49,16 @@ class Engine(Protocol):
         """Everything that a bit-equal continuation needs; called on every rank."""
 
     def load_state(self, directory: Path) -> None: ...
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimizer holds, whole and in fp32, by "key/parameter" ("exp_avg/visual.proj"), and its "step".
+
+        On the CPU of the first rank; called on every rank.
+        """
+
+    def load_portable(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """What `full_state_dict` and `optimizer_state` gave, in place of `load_state`; the model was made with the
+        same weights. Called on every rank, each with all of it."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The fp32 weights on the CPU, whole, on the first rank; called on every rank."""

@@ -5,38 +5,45 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
-from functools import partial
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fastclip.data import normalize_image
 from fastclip.data.loader import Batch
 from fastclip.grad_cache import GradCache
-from fastclip.losses import contrastive_loss
+from fastclip.losses import DistillClipLoss, contrastive_loss, sigmoid_loss
 from fastclip.models import CLIPConfig
+from fastclip.training.checkpoint import NotSaved
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
 from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, total_skips
 from fastclip.training.processes import Processes, give_back_memory
+from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end
-from fastclip.training.start import Start, prepare
+from fastclip.training.start import TEACHER, Start, prepare
+from fastclip.training.watchdog import Watchdog, watched
 
 STEPS_BETWEEN_TRIMS = 50
 
 
-def train(config: TrainConfig, processes: Processes) -> Path:
+def train(config: TrainConfig, processes: Processes, request: Request | None = None) -> Path:
     """Runs `config` to its end, or to the signal that ends it with a checkpoint; returns the run folder.
 
-    Raises UserError on every rank for a user's mistake, and KeyboardInterrupt after Ctrl-C, once the state is saved.
+    request: of a caller that listens to signals already. Raises UserError on every rank for a user's mistake, and
+    KeyboardInterrupt after Ctrl-C, once the state is saved.
     """
-    with requests_to_end() as request:
+    with (
+        nullcontext(request) if request else requests_to_end() as request,
+        watched(processes, config.hang_timeout, request) as watchdog,
+    ):
         start = prepare(config, processes)
-        trainer = Trainer(start, processes)
+        trainer = Trainer(start, processes, watchdog)
         asked = trainer.run(request)
         trainer.finish(asked)
     if asked == INTERRUPT:
@@ -47,8 +54,8 @@ def train(config: TrainConfig, processes: Processes) -> Path:
 class Trainer:
     """A run under way, of which `step` optimizer steps are done."""
 
-    def __init__(self, start: Start, processes: Processes) -> None:
-        self.start, self.config, self.processes = start, start.config, processes
+    def __init__(self, start: Start, processes: Processes, watchdog: Watchdog) -> None:
+        self.start, self.config, self.processes, self.watchdog = start, start.config, processes, watchdog
         self.engine = build_engine(start.model, self.config, processes, start.ds_config)
         torch.manual_seed(self.config.seed + 1 + processes.rank)  # dropout differs between ranks
         self.step, self.saved_at, self.skipped_steps, elapsed = 0, -1, 0, 0.0
@@ -61,19 +68,22 @@ class Trainer:
         self.metrics: Metrics | None = None
         if processes.is_first:
             start.write()
-            print(start.describe(processes.world_size), flush=True)
+            print(start.describe(processes.world_size, self.engine.reduction), flush=True)
             self.metrics = Metrics(start.run, self.config, self.step)
         self.evaluation = Evaluation(
             self.config, start.model_config, start.tokenizer, self.engine, processes, start.run
         )
         self.clock = Clock(elapsed)
+        self.quarantine = Quarantine(start.run, processes, self.config.max_skipped)
 
     def run(self, request: Request) -> int:
         """Steps until the run is done, or until some rank has been asked to end; returns what was asked for."""
-        config, loader = self.config, self.start.loader
+        config, loader, first = self.config, self.start.loader, self.step
         with closing(loader.batches(self.step)) as batches:
             while True:
                 skipped = Counter(loader.skipped)
+                has_begun = self.step > first
+                self.watchdog.at(f"the batch of step {self.step + 1}", has_begun)
                 batch, mistake = self._next(batches)
                 elapsed, asked, failed = self.processes.agree(self.clock.elapsed(), request.value, mistake is not None)
                 progress = max(self.step / config.steps, elapsed / (60 * config.minutes) if config.minutes else 0.0)
@@ -82,18 +92,30 @@ class Trainer:
                     return int(asked)
                 if failed:
                     self.processes.raise_together(mistake)
-                factor = lr_factor(config.schedule, self.step, config.warmup, progress)
+                self.watchdog.at(f"step {self.step + 1}", has_begun)
+                factor = lr_factor(config.schedule, self.step, config.warmup, progress, config.cooldown, config.steps)
                 inputs = {name: batch[name] for name in ("image", "text", "negative_text") if name in batch}
-                loss = self.grad_cache.step({"clip": inputs})
+                teacher = {name: batch[name].to(self.processes.device) for name in TEACHER if name in batch}
+                loss = self.grad_cache.step({"clip": inputs}, **teacher)
                 result = self.engine.step(factor)
                 self.step += 1
                 self.skipped_steps += result.skipped
+                self.quarantine.look(result.skipped)
+                # A step that only the scale of an fp16 loss was too large for says nothing of its samples.
+                if result.skipped and (config.precision != "fp16" or not loss.isfinite()):
+                    is_finite = bool(self.loss.is_finite)
+                    self.quarantine.record(self.step, float(loss), result.grad_norm, batch["keys"], is_finite)
                 self._log(batch["epoch"], loss, factor, result, elapsed)
+                if self.quarantine.is_full:
+                    self._save()
+                    self.start.checkpoints.wait()
+                    raise self.quarantine.error()
                 if self.step % STEPS_BETWEEN_TRIMS == 0:
                     give_back_memory()
                 if config.save_every and self.step % config.save_every == 0:
-                    self._save()
+                    self._save_or_go_on()
                 if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
+                    self.watchdog.at(f"the evaluation behind step {self.step}", is_limited=False)
                     with self.clock.stopped():
                         self.evaluation.run(self.step)
 
@@ -101,6 +123,8 @@ class Trainer:
         """The last checkpoint, and for a run that came to its end the last evaluation; the report."""
         if self.saved_at != self.step:
             self._save()
+        self.start.checkpoints.wait()
+        self.watchdog.at("the end", is_limited=False)
         if asked == GO_ON:
             self.evaluation.run(self.step, final=True)
         skipped = total_skips(self.start.loader.skipped, self.processes)
@@ -151,7 +175,17 @@ class Trainer:
         if self.metrics:
             self.metrics.show(self.step, elapsed)
 
+    def _save_or_go_on(self) -> None:
+        """A checkpoint that cannot be written is no reason to lose the steps: the next one may be, the last must."""
+        try:
+            self._save()
+        except NotSaved as failure:
+            self.saved_at = -1
+            if self.processes.is_first:
+                print(f"\n{failure}; the run goes on, its last checkpoint is the one before", flush=True)
+
     def _save(self) -> None:
+        self.watchdog.at(f"the checkpoint of step {self.step}", is_limited=False)
         progress = {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
         with self.clock.stopped():
             loader = self.start.loader.state_dict(self.step)
@@ -160,24 +194,50 @@ class Trainer:
 
 
 class Loss:
-    """The contrastive loss over all ranks, remembering the scale it saw."""
+    """The weighted sum of the losses over all ranks, remembering what it saw."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.loss = partial(contrastive_loss, group=processes.group, impl=config.loss_impl)
+        self.config, self.group = config, processes.group
+        self.distill = DistillClipLoss(
+            local_loss=True,
+            gather_with_grad=True,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            group=processes.group,
+        )
         self.logit_scale = torch.tensor(float("nan"))
+        self.is_finite = torch.tensor(True)  # this rank's features, the last time
 
     def __call__(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
         negative_text_features: Tensor | None = None,
+        teacher_image: Tensor | None = None,
+        teacher_text: Tensor | None = None,
     ) -> Tensor:
-        """The loss, with the features of further texts that are no image's as negatives of all images."""
+        """The loss, with the features of further texts that are no image's as negatives of all images, and those of a
+        teacher."""
+        config, group = self.config, self.group
         self.logit_scale = logit_scale.detach()
+        self.is_finite = image_features.detach().isfinite().all() & text_features.detach().isfinite().all()
+        total = logit_scale.new_zeros(())
+        if config.sigmoid_weight:
+            bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
+            total = config.sigmoid_weight * sigmoid_loss(image_features, text_features, logit_scale, bias, group=group)
+        if config.distill_weight:
+            teacher = (normalize(x.float(), dim=-1) for x in (teacher_image, teacher_text) if x is not None)
+            scale = logit_scale.new_tensor(config.distill_scale)
+            _, distilled = self.distill(image_features, text_features, logit_scale, *teacher, scale)
+            total = total + config.distill_weight * distilled
         if negative_text_features is not None:
             text_features = torch.cat((text_features, negative_text_features))
-        return self.loss(image_features, text_features, logit_scale)
+        if config.contrastive_weight:
+            loss = contrastive_loss(image_features, text_features, logit_scale, group=group, impl=config.loss_impl)
+            total = total + config.contrastive_weight * loss
+        return total
 
 
 def build_grad_cache(
@@ -186,13 +246,14 @@ def build_grad_cache(
     """GradCache over the engine's model, from images and token ids as the loader makes them."""
 
     def clip(image: Tensor, text: Tensor, negative_text: Tensor | None = None) -> dict[str, Tensor]:
-        image = image.to(processes.device, non_blocking=True)
         pixels = normalize_image(image, model.image_mean, model.image_std, engine.dtype)
         texts = text if negative_text is None else torch.cat((text, negative_text))
-        outputs = engine.forward(pixels, texts.to(processes.device, non_blocking=True))
+        outputs = engine.forward(pixels, texts)
         if negative_text is not None:
             outputs["text_features"], outputs["negative_text_features"] = outputs["text_features"].split(len(text))
         return outputs
 
     chunk_size = config.chunk_size or config.global_batch // processes.world_size
-    return GradCache({"clip": clip}, loss, chunk_size, processes.group, engine.backward, engine.set_boundary)
+    return GradCache(
+        {"clip": clip}, loss, chunk_size, processes.group, engine.backward, engine.set_boundary, processes.device
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 
 from fastclip.data import Loader, Tokenizer, get_tokenizer
+from fastclip.data.augment import ColorAugment
+from fastclip.data.options import DataOptions
+from fastclip.data.scan import IMAGE_SUFFIXES
 from fastclip.data.shards import expand_shards
 from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
@@ -21,7 +25,11 @@ from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpo
 from fastclip.training.config import TrainConfig, write_config
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.environment import environment
+from fastclip.training.open_clip import is_open_clip_checkpoint, read_checkpoint
 from fastclip.training.processes import Processes
+
+TEACHER = ("teacher_image", "teacher_text")  # features stored beside the samples
+SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 
 
 @dataclass(frozen=True)
@@ -51,20 +59,21 @@ class Start:
         if self.ds_config is not None:
             (self.run / "ds_config.json").write_text(json.dumps(self.ds_config, indent=1))
 
-    def describe(self, world_size: int) -> str:
+    def describe(self, world_size: int, reduction: str) -> str:
         """What is about to happen, in a line or two."""
-        config, loader = self.config, self.loader
+        config = self.config
         local = config.global_batch // world_size
         chunk = min(config.chunk_size or local, local)
         engine = f"deepspeed ZeRO-{config.zero_stage}" if config.engine == "deepspeed" else config.engine
         lines = [
-            f"{loader.num_samples} pairs in {len(loader.index.paths)} shards, {loader.steps_per_epoch} steps an epoch; "
+            self.loader.describe(),
             f"global batch {config.global_batch} = {world_size} ranks x {-(-local // chunk)} chunks of {chunk}; "
-            f"{config.model}, {engine}, {config.precision}"
+            f"{config.model}, {engine}, {config.precision}, gradients reduced by {reduction}",
         ]
         lines += [f"{config.deepspeed_config} sets {line}" for line in self.conflicts]
         if self.resumed:
-            lines.append(f"Goes on from {self.resumed.folder}")
+            moved = f", moved by parameter name ({self.resumed.moved})" if self.resumed.moved else ""
+            lines.append(f"Goes on from {self.resumed.folder}{moved}")
         return "\n".join(lines)
 
 
@@ -82,8 +91,8 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             processes.world_size,
             seed=config.seed,
             workers=config.workers,
-            crop_scale=config.crop_scale,
             hard_negatives=config.hard_negatives,
+            options=_data_options(config),
         )
         for package in ["tensorboard"] * config.tensorboard + ["wandb"] * bool(config.wandb):
             if find_spec(package) is None:
@@ -98,19 +107,27 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         config = replace(config, out=str(run))
         _check_loss(config, processes.device)
         checkpoints = Checkpoints(
-            run, model_config, tokenizer, _identity(config, processes), processes, keep=config.keep
+            run,
+            model_config,
+            tokenizer,
+            _identity(config, processes),
+            processes,
+            keep=config.keep,
+            is_portable=config.portable and not has_flat_momentum(config),
+            in_background=config.background_save,
         )
         resumed = _resumed(config, run, checkpoints, loader)
         torch.manual_seed(config.seed)
-        model = create_model(model_config, checkpoint=None if resumed else config.init or None)
+        moved_from = resumed.folder if resumed and resumed.moved else None
+        model = create_model(model_config, checkpoint=moved_from if resumed else config.init or None)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, conflicts, checkpoints, resumed)
 
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
-    model = get_config(config.model)
+    model = model_of(config)
     if not config.data:
         raise UserError("--data is missing: a folder, glob or pattern of training shards")
-    expand_shards(config.data)  # before the tokenizer, which is looked for beside them
+    _check_shards(config.data)  # before the tokenizer, which is looked for beside them
     folder = Path(config.data) if Path(config.data).is_dir() else Path(config.data).parent
     beside = folder / "tokenizer.json"
     name = config.tokenizer or (str(beside) if beside.is_file() else "ViT-B-32")
@@ -120,6 +137,57 @@ def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
             f"tokenizer {name} has {tokenizer.vocab_size} tokens, model {config.model} embeds {model.text.vocab_size}"
         )
     return model, tokenizer
+
+
+def _check_shards(data: str) -> None:
+    """Raises if there are none; data of other kinds says itself what it lacks."""
+    path = Path(data)
+    is_other = "::" in data or ":" in data or path.suffix in (".csv", ".tsv", ".parquet", ".json")
+    is_images = path.is_dir() and not any(path.glob("*.tar")) and any(map(_is_image, path.rglob("*")))
+    if not (is_other or is_images):
+        expand_shards(data)
+
+
+def has_flat_momentum(config: TrainConfig) -> bool:
+    """Whether DeepSpeed keeps Muon's momentum in a layout of its own, by rank and not by parameter."""
+    return config.optimizer == "muon" and config.engine == "deepspeed" and config.zero_stage in (1, 2)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
+
+
+def _data_options(config: TrainConfig) -> DataOptions:
+    try:
+        upsampling = tuple(float(factor) for factor in config.upsampling.split("::") if factor)
+    except ValueError:
+        raise UserError(f"upsampling must be numbers like 1::0.5, was {config.upsampling!r}") from None
+    return DataOptions(
+        upsampling=upsampling,
+        resampled=config.resampled,
+        text_keys=config.text_keys,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        crop_scale=config.crop_scale,
+        color=ColorAugment(config.color_jitter, config.color_jitter_prob, config.gray_scale_prob),
+        fast_decode=config.fast_decode,
+        strict=config.strict,
+        max_broken=config.max_broken,
+        arrays=tuple(f"{name}.npy" for name in TEACHER) if config.distill_weight else (),
+    )
+
+
+def model_of(config: TrainConfig) -> CLIPConfig:
+    """The named model, with what `config` changes of it."""
+    model = get_config(config.model)
+    image_size, dropout = config.image_size or model.vision.image_size, config.patch_dropout
+    dropout = model.vision.patch_dropout if dropout < 0 else dropout
+    vision = replace(model.vision, image_size=image_size, patch_dropout=dropout)
+    text = replace(model.text, context_length=config.context_length or model.text.context_length)
+    model = replace(model, vision=vision, text=text)
+    if config.sigmoid_weight and model.init_logit_bias is None:
+        return replace(model, init_logit_scale=SIGMOID_SCALE, init_logit_bias=SIGMOID_BIAS)
+    return model
 
 
 def _check_loss(config: TrainConfig, device: torch.device) -> None:
@@ -153,6 +221,11 @@ def _identity(config: TrainConfig, processes: Processes) -> dict[str, Any]:
 def _resumed(config: TrainConfig, run: Path, checkpoints: Checkpoints, loader: Loader) -> Saved | None:
     if not config.resume and any(run.glob("checkpoints/step_*")):
         raise UserError(f"{run} already holds a run: give another --out, or go on with it by --resume latest")
+    if is_open_clip_checkpoint(config.resume):
+        path = Path(config.resume)
+        return Saved(
+            path, read_checkpoint(path)[2], {}, {}, {"elapsed": 0.0, "skipped_steps": 0}, "open_clip's trainer"
+        )
     folder = find_checkpoint(config.resume, run)
     if folder is None:
         return None

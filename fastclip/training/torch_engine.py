@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastclip.grad_cache import statistics_held
 from fastclip.models.clip import CLIP
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import DTYPES, MakeOptimizer, StepResult
-from fastclip.training.optim import parameter_groups
+from fastclip.training.optim import lock_towers, parameter_groups, set_training
+from fastclip.training.optimizers import OPTIMIZERS
 from fastclip.training.processes import Processes
+from fastclip.training.zero_state import STEP
 
 
 class TorchEngine:
@@ -22,20 +27,22 @@ class TorchEngine:
     def __init__(
         self, model: CLIP, config: TrainConfig, processes: Processes, make_optimizer: MakeOptimizer | None = None
     ) -> None:
+        lock_towers(model, config)
         self.model = model.to(processes.device)
         self.processes, self.grad_clip = processes, config.grad_clip
-        self.dtype = DTYPES[config.precision]
+        self.dtype, self.reduction = DTYPES[config.precision], "one all-reduce"
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, config)
-        self.optimizers = [make_optimizer(groups)] if make_optimizer else _optimizers(groups)
+        self.optimizers = [make_optimizer(groups)] if make_optimizer else _optimizers(groups, config.optimizer)
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Tensor]:
-        with torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        held = nullcontext() if torch.is_grad_enabled() else statistics_held(self.model)
+        with held, torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(image, text, output_dict=True)
 
     def train(self, mode: bool) -> None:
-        self.model.train(mode)
+        set_training(self.model, mode)
 
     def set_boundary(self, is_last: bool) -> None:
         pass
@@ -77,14 +84,41 @@ class TorchEngine:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
+    def optimizer_state(self) -> dict[str, Tensor]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        moments: dict[str, Tensor] = {}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    name = STEP if key == STEP else f"{key}/{names[parameter]}"
+                    moments[name] = torch.as_tensor(value).detach().cpu().float().clone()
+        return moments
+
+    def load_portable(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(dict(weights))
+        names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        places = {parameter: optimizer for optimizer in self.optimizers for parameter in _parameters_of(optimizer)}
+        for entry, value in moments.items():
+            key, _, name = entry.partition("/")
+            if name in names:
+                parameter = names[name]
+                state = places[parameter].state[parameter]
+                state[key] = value.to(parameter.device).view_as(parameter).clone()
+                if STEP in moments and not isinstance(places[parameter], torch.optim.Muon):
+                    state[STEP] = moments[STEP].float().reshape(()).clone()
+
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
 
-def _optimizers(groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizers(groups: list[dict[str, Any]], name: str) -> list[torch.optim.Optimizer]:
     muon: list[dict[str, Any]] = []
-    adam: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for group in groups:
-        (muon if group.pop("use_muon") else adam).append(group)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam)]
+        (muon if group.pop("use_muon") else rest).append(group)
+    optimizers = [OPTIMIZERS.get(name, torch.optim.AdamW)(rest)] if rest else []
     return [*optimizers, torch.optim.Muon(muon)] if muon else optimizers

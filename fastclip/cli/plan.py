@@ -1,0 +1,132 @@
+"""`fastclip plan`: what a run needs, and how it scales, before a GPU is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from fastclip.cli.options import optional, parse
+from fastclip.errors import UserError
+
+if TYPE_CHECKING:
+    from fastclip.training.config import TrainConfig
+
+GB = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Memory of a rank and time of a step for a model, a number of GPUs and a global batch.
+
+    Without --chunk-size and --zero-stage the first that fits is taken: the lowest stage, the largest chunk.
+
+    fastclip plan --model ViT-B-16 --gpus 8 --global-batch 65536 --plot scaling.png
+    """
+
+    model: str = "ViT-B-32"
+    """Name of the model."""
+    recipe: Annotated[str, optional("NAME", "none")] = ""
+    """Take model, batch and optimizer from a recipe, under the options given here."""
+    gpus: int = 8
+    """Ranks."""
+    global_batch: int = 32_768
+    """Pairs in a step, over all ranks."""
+    chunk_size: int = 0
+    """Pairs a rank forwards at once; 0 looks for the largest that fits."""
+    zero_stage: int = -1
+    """DeepSpeed ZeRO stage; -1 looks for the lowest that fits."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the computation."""
+    text_tokens: float = 0.0
+    """Tokens of a caption on average, start and end included; 0 takes as many as fit."""
+    memory: float = 80.0
+    """Of a GPU, 10^9 bytes; a tenth of it is left free."""
+    tflops: float = 400.0
+    """Of a GPU in a training step, 10^12 operations a second: measure yours, this is a guess."""
+    gpus_per_node: int = 8
+    """That reach each other by --node-bandwidth."""
+    node_bandwidth: float = 300.0
+    """Within a node, 10^9 bytes a second and GPU."""
+    network_bandwidth: float = 25.0
+    """Between nodes, 10^9 bytes a second and GPU."""
+    latency: float = 10.0
+    """Of a hop, microseconds."""
+    plot: Annotated[str, optional("FILE", "none")] = ""
+    """Draw throughput over the number of GPUs, at this batch a GPU, into a picture."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the plan; exit status 2 where nothing fits."""
+    options = parse(Options, "plan", arguments)
+    from fastclip.training.plan import Machine, memory, step_time
+
+    machine = Machine(
+        flops=options.tflops * 1e12,
+        memory=options.memory * GB,
+        ranks_per_node=options.gpus_per_node,
+        node_bandwidth=options.node_bandwidth * GB,
+        network_bandwidth=options.network_bandwidth * GB,
+        latency=options.latency * 1e-6,
+    )
+    config = _fitting(options)
+    tokens = options.text_tokens or None
+    need = memory(config, options.gpus, tokens)
+    local = config.global_batch // options.gpus
+    chunk = config.chunk_size
+    print(
+        f"{config.model}, {options.gpus} GPUs, global batch {config.global_batch} = {options.gpus} x "
+        f"{-(-local // chunk)} chunks of {chunk}, ZeRO-{config.zero_stage}, {config.precision}"
+    )
+    print(f"memory of a GPU at its peak: {need.total / GB:.1f} GB of {options.memory:g}")
+    for name in ("weights", "gradients", "optimizer", "buffers", "activations", "features"):
+        print(f"  {name:<12}{getattr(need, name) / GB:>8.2f} GB")
+    for is_ring in (False, True):
+        spent = step_time(config, options.gpus, machine, is_ring)
+        parts = ", ".join(
+            f"{name} {1e3 * getattr(spent, name):.0f}" for name in ("compute", "features", "gradients", "weights")
+        )
+        how = "features round a ring" if is_ring else "features gathered"
+        print(f"step, {how}: {1e3 * spent.total:.0f} ms ({parts}), {config.global_batch / spent.total:,.0f} pairs/s")
+    if options.plot:
+        from fastclip.training.plan_plot import draw
+
+        print(f"drawn: {draw(config, options.gpus, machine, Path(options.plot))}")
+    return 0
+
+
+def _fitting(options: Options) -> TrainConfig:
+    """The config that fits, as little partitioned and as little chunked as can be."""
+    from fastclip.training.config import TrainConfig
+    from fastclip.training.plan import memory
+    from fastclip.training.recipes import get_recipe
+
+    if options.gpus < 1 or options.global_batch % options.gpus:
+        raise UserError(f"--global-batch must be a multiple of --gpus, was {options.global_batch} of {options.gpus}")
+    base = get_recipe(options.recipe) if options.recipe else TrainConfig()
+    if not options.recipe:
+        base = replace(base, model=options.model, global_batch=options.global_batch)
+    local = base.global_batch // options.gpus
+    chunks = [options.chunk_size] if options.chunk_size else _halves(local)
+    stages = [options.zero_stage] if options.zero_stage >= 0 else [1, 2, 3]
+    tokens, least = options.text_tokens or None, float("inf")
+    for stage in stages:
+        for chunk in chunks:
+            config = replace(base, engine="deepspeed", zero_stage=stage, chunk_size=chunk, precision=options.precision)
+            total = memory(config, options.gpus, tokens).total
+            least = min(least, total)
+            if total <= 0.9 * options.memory * GB or len(stages) * len(chunks) == 1:
+                return config
+    raise UserError(
+        f"nothing fits in nine tenths of {options.memory:g} GB: the least is {least / GB:.1f} GB, at "
+        f"ZeRO-{stages[-1]} and chunks of {chunks[-1]}; use more GPUs, a smaller batch or offload"
+    )
+
+
+def _halves(size: int) -> list[int]:
+    """size, size / 2, ... down to 1, rounded up."""
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes

@@ -1,0 +1,204 @@
+"""From open_clip: its command lines, its checkpoints, and its own trainer beside ours on the same images."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peers import peer_module
+from torch import Tensor
+from training_helpers import MODEL, losses, options, run
+
+from fastclip.data import Loader, get_tokenizer, normalize_image
+from fastclip.data.demo import write_demo
+from fastclip.errors import UserError
+from fastclip.models import create_model, get_config, load_checkpoint
+from fastclip.training.__main__ import main, parse
+from fastclip.training.open_clip import read_checkpoint, translate
+from fastclip.training.optim import parameter_groups
+from fastclip.training.recipes import RECIPES
+from fastclip.training.start import model_of
+
+BATCH, STEPS, LR, WARMUP = 64, 50, 1e-3, 5
+LAION = """torchrun --nproc_per_node 8 --nnodes=4 -m open_clip_train.main --train-data '/data/{00000..41455}.tar'
+ --train-num-samples 400000000 --dataset-type webdataset --batch-size 256 --accum-freq 4 --epochs 32 --warmup 2000
+ --lr 5e-4 --wd 0.2 --precision amp --workers 8 --model ViT-B-32 --local-loss --gather-with-grad --imagenet-val /val
+ --report-to wandb --name b32 --save-frequency 2 --dataset-resampled"""
+
+
+def test_a_command_line_becomes_a_config(capfd: pytest.CaptureFixture[str]) -> None:
+    config = parse(["--from-open-clip", LAION.replace("\n", " "), "--lr", "1e-4"])
+    batches = -(-400_000_000 // 32_768)
+    assert (config.model, config.global_batch, config.chunk_size, config.steps) == (
+        "ViT-B-32",
+        32_768,
+        256,
+        32 * batches,
+    )
+    assert (config.lr, config.weight_decay, config.betas, config.eps) == (1e-4, 0.2, (0.9, 0.98), 1e-6)
+    assert (config.warmup, config.schedule, config.precision) == (2000, "open_clip", "bf16")
+    assert (config.data, config.workers, config.wandb) == ("/data/{00000..41455}.tar", 8, "open-clip")
+    assert (config.out, config.save_every, config.decay_embeddings) == ("logs/b32", 2 * batches, True)
+    said = capfd.readouterr().out
+    for note in ("--precision amp: bf16", "--imagenet-val /val: no counterpart", "--local-loss: the loss is the same"):
+        assert f"--from-open-clip: {note}" in said
+    assert "number of ranks" not in said
+    assert config.resampled == 400_000_000
+
+
+def test_locks_cooldowns_and_resnets() -> None:
+    line = "--model RN50 --lock-image --lock-image-unlocked-groups=2 --lr-scheduler const-cooldown --epochs 10"
+    values, notes = translate(f"{line} --epochs-cooldown 2 --train-num-samples 6400 --grad-clip-norm 1 --opt lamb")
+    assert (values["lock_image"], values["image_unlocked"], values["betas"], values["eps"]) == (
+        True,
+        "2",
+        [0.9, 0.999],
+        1e-8,
+    )
+    assert (values["schedule"], values["cooldown"], values["steps"]) == ("wsd", 0.2, 1000)
+    assert (values["grad_clip"], values["optimizer"]) == ("1", "lamb")
+    assert any("number of ranks" in note for note in notes)
+    assert any("square root instead of a line" in note for note in notes)
+    _, notes = translate("--siglip --foo 3")
+    assert {"--siglip: no counterpart", "--foo 3: no counterpart"} <= set(notes)
+    assert any("--train-num-samples is not in it" in note for note in notes)
+
+
+@pytest.mark.parametrize(("line", "message"), [("--lr", "--lr has no value"), ("nonsense", "'nonsense' is no flag")])
+def test_lines_that_are_none(line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        translate(line)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_whole(name: str) -> None:
+    config = RECIPES[name]()
+    model = model_of(config)
+    assert config.steps > 0
+    assert RECIPES[name].__doc__ or RECIPES[name].func.__doc__  # type: ignore[attr-defined]
+    assert model.vision.image_size == (config.image_size or get_config(config.model).vision.image_size)
+    assert (model.vision.patch_dropout == 0.5) == (name == "flip")
+    assert (config.sigmoid_weight > 0) == (name == "siglip")
+
+
+def test_a_file_that_is_no_checkpoint_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match="is not a checkpoint of open_clip's trainer"):
+        read_checkpoint(path)
+    model = create_model(MODEL)
+    optimizer = torch.optim.AdamW(model.visual.parameters())
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    with pytest.raises(UserError, match="locked towers and other optimizers cannot be taken up, use --init"):
+        read_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twin") / "data"
+    write_demo(folder, scenes=100, workers=1)
+    for path in folder.glob("*_test*"):
+        path.unlink()
+    return folder
+
+
+def batches(data: Path, count: int) -> list[tuple[Tensor, Tensor]]:
+    config = get_config(MODEL)
+    loader = Loader(str(data), get_tokenizer(str(data / "tokenizer.json"), 32), 64, BATCH, workers=0)
+    made = (loader[step] for step in range(count))
+    return [(normalize_image(b["image"], config.image_mean, config.image_std, torch.float32), b["text"]) for b in made]
+
+
+def theirs(data: Path, saved: Path, save_at: int) -> list[float]:
+    """The losses of open_clip's own `train_one_epoch`, which writes its checkpoint as its `main` does."""
+    open_clip = peer_module("open_clip")
+    trainer, scheduler = (peer_module(f"open_clip_train.{name}") for name in ("train", "scheduler"))
+    torch.manual_seed(0)
+    ours = create_model(MODEL)
+    model = open_clip.CLIP(**ours.config.to_dict()["model_cfg"], output_dict=True)
+    model.load_state_dict(ours.state_dict())
+
+    def is_plain(name: str, p: Tensor) -> bool:
+        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+
+    named = list(model.named_parameters())
+    plain, rest = ([p for name, p in named if is_plain(name, p) == wanted] for wanted in (True, False))
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
+    seen: list[float] = []
+
+    class Recording(open_clip.ClipLoss):  # type: ignore[name-defined, misc]
+        def forward(self, *arguments: Any, **keywords: Any) -> Any:
+            found = super().forward(*arguments, **keywords)
+            seen.append(float(found["contrastive_loss"]))
+            return found
+
+    class Part(list):  # type: ignore[type-arg]
+        num_batches, num_samples = save_at, save_at * BATCH
+
+    everything = batches(data, STEPS)
+    args = Namespace(
+        device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=False, horovod=False, rank=0,
+        grad_clip_norm=None, log_every_n_steps=1000, world_size=1, batch_size=BATCH, wandb=False, local_rank=0,
+    )  # fmt: skip
+    for epoch in range(STEPS // save_at):
+        part = Part(everything[epoch * save_at : (epoch + 1) * save_at])
+        source = {"train": SimpleNamespace(dataloader=part, set_epoch=lambda epoch: None)}
+        lr = scheduler.cosine_lr(optimizer, LR, WARMUP, STEPS)
+        trainer.train_one_epoch(model, source, Recording(), epoch, optimizer, None, lr, None, args)
+        if epoch == 0:
+            torch.save({"epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    return seen
+
+
+@pytest.mark.long
+@pytest.mark.peer
+def test_the_curve_is_open_clips_and_goes_on_from_its_checkpoint(data: Path, tmp_path: Path) -> None:
+    """Real digits and scenes, the same weights, 50 steps in fp32; then from its epoch_1.pt with its Adam moments."""
+    saved = tmp_path / "epoch_1.pt"
+    curve = theirs(data, saved, STEPS // 2)
+    changed = {"global_batch": BATCH, "chunk_size": 16, "steps": STEPS, "warmup": WARMUP, "schedule": "open_clip"}
+    changed |= {"lr": LR, "weight_decay": 0.2, "engine": "torch"}
+    words = [*options(data, tmp_path / "whole", **changed), "--decay-embeddings"]
+    assert main(words) == 0
+    assert losses(tmp_path / "whole") == pytest.approx(curve, rel=1e-4)
+    assert curve[-1] < 0.7 * curve[0]
+    line = (
+        f"--model {MODEL} --batch-size {BATCH} --lr {LR} --wd 0.2 --warmup {WARMUP} --precision fp32 --resume {saved}"
+    )
+    for engine in ("torch", "deepspeed"):
+        out = tmp_path / engine
+        words = options(data, out, **changed | {"engine": engine, "zero_stage": 2})
+        result = run("python", ["--from-open-clip", line, *words])
+        assert result.returncode == 0, result.stderr
+        assert losses(out) == pytest.approx(curve[STEPS // 2 :], rel=1e-4)
+
+
+@pytest.mark.peer
+def test_open_clip_opens_our_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The weights of a run, by its own loader, give the same features."""
+    open_clip = peer_module("open_clip")
+    out = tmp_path / "out"
+    assert main(options(data, out, engine="torch", steps=1)) == 0
+    (step,) = (out / "checkpoints").glob("step_*")
+    trained = load_checkpoint(out)
+    peer = open_clip.CLIP(**trained.config.to_dict()["model_cfg"])
+    open_clip.load_checkpoint(peer, str(step / "model.safetensors"))
+    ((image, text),) = batches(data, 1)
+    with torch.no_grad():
+        ours = trained.model.encode_image(image, normalize=True), trained.model.encode_text(text, normalize=True)
+        other = peer.eval().encode_image(image, normalize=True), peer.encode_text(text, normalize=True)
+    torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_decay_is_open_clips_where_asked(data: Path) -> None:
+    model = create_model(MODEL)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, parse(["--decay-embeddings"]))
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {"token_embedding.weight", "positional_embedding", "visual.positional_embedding"} <= decayed
+    assert "visual.class_embedding" not in decayed
