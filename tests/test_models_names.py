@@ -134,11 +134,12 @@ def test_positions_are_interpolated_when_asked(tmp_path: Path, config) -> None:
 
 
 @pytest.mark.peer
-def test_positions_are_open_clips(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "context"), [(40, 20), (16, 8)])
+def test_positions_are_open_clips(size: int, context: int) -> None:
     peer = open_clip_module("open_clip.model")
     state = open_clip_model(VIT).state_dict()
-    larger = replace(VIT, vision=replace(VIT.vision, image_size=40), text=replace(VIT.text, context_length=20))
-    theirs, wanted = dict(state), open_clip_model(larger)
+    other = replace(VIT, vision=replace(VIT.vision, image_size=size), text=replace(VIT.text, context_length=context))
+    theirs, wanted = dict(state), open_clip_model(other)
     peer.resize_pos_embed(theirs, wanted)
     peer.resize_text_pos_embed(theirs, wanted)
     ours = resize_positions(state, {name: tuple(value.shape) for name, value in wanted.state_dict().items()})
