@@ -93,7 +93,9 @@ def test_help_is_one_fast_screen() -> None:
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     for verb in VERBS:
-        assert f"\n  {verb} " in done.stdout
+        group, _, member = verb.partition(" ")
+        line = next(line for line in lines if line.startswith(f"  {group} "))
+        assert not member or f" {member}" in line
 
 
 def test_the_command_imports_what_its_verb_needs_only() -> None:

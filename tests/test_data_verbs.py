@@ -31,7 +31,7 @@ def test_check_finds_every_kind_of_fault(tmp_path: Path, capsys: pytest.CaptureF
     for cause in ("empty image", "unreadable image", "invalid utf8", "truncated shard", "missing caption"):
         assert f"1  {cause}" in out
     assert "'0005' in " in out
-    assert main(["data", "check", str(data), "--strict", "--no-decode", "--workers", "1"]) == 1
+    assert main(["data", "check", str(data), "--strict", "--skip-decode", "--workers", "1"]) == 1
     assert "unreadable image" not in capsys.readouterr().out
 
 
@@ -93,7 +93,7 @@ def test_images_in_a_table_are_packed_first(tmp_path: Path) -> None:
 def test_tokenizer_learns_from_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_samples(tmp_path / "data", 12)
     out = tmp_path / "made" / "tokenizer.json"
-    arguments = ["data", "tokenizer", str(data), str(out), "--vocab-size", "560", "--context-length", "20"]
+    arguments = ["data", "tokenizer", str(data), str(out), "--vocab-size", "560", "--context", "20"]
     assert main(arguments) == 0
     assert "ids from 36 captions; tokens p50" in capsys.readouterr().out
     tokenizer = get_tokenizer(out)

@@ -16,12 +16,12 @@ from fastclip.cli.text import table
 
 @dataclass(frozen=True)
 class Bench:
-    """Samples a second of each stage on one core, and of the loader with its workers; and which stage is the limit.
+    """Samples a second of each stage on one core, and of the whole loader.
 
     Example: fastclip data bench 'laion/{00000..00041}.tar' --workers 8
     """
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = "synthetic:100000"
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = "synthetic:100000"
     """Shards, a table, a folder, or several with :: between them; by default made-up pairs of 256 pixels."""
     image_size: int = 224
     """Pixels along an edge of what a model sees."""
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     workers = options.workers or os.cpu_count() or 1
     tokenizer = get_tokenizer(options.tokenizer)
     choices = DataOptions(fast_decode=options.fast_decode)
-    loader = Loader(options.data, tokenizer, options.image_size, options.batch, workers=workers, options=choices)
+    loader = Loader(options.source, tokenizer, options.image_size, options.batch, workers=workers, options=choices)
     torch.set_num_threads(1)
     stages = stage_rates(loader, tokenizer, options.seconds)
     whole = loader_rate(loader, 2 * options.seconds)

@@ -66,8 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage(group: str = "") -> str:
-    """The page of `fastclip --help`, or of the verbs of one group ("data")."""
-    shown = {verb: line for verb, (_, line) in VERBS.items() if verb.startswith(group)}
+    """The page of `fastclip --help`, where a group of verbs has one line, or of the verbs of one group ("data")."""
+    if group:
+        shown = {verb: line for verb, (_, line) in VERBS.items() if verb.startswith(f"{group} ")}
+    else:
+        shown = {verb.partition(" ")[0]: line for verb, (_, line) in VERBS.items()}
+        for name in shown:
+            inside = [verb.removeprefix(f"{name} ") for verb in VERBS if verb.startswith(f"{name} ")]
+            shown[name] = ", ".join(inside) + f" (see {name} --help)" if inside else shown[name]
     lines = "\n".join(f"  {verb:<14} {line}" for verb, line in shown.items())
     return USAGE.format(about=f"Verbs of `fastclip {group}`:" if group else ABOUT, verbs=lines)
 

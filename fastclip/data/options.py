@@ -32,7 +32,7 @@ class DataOptions:
     color: ColorAugment = field(default_factory=ColorAugment)
     """Colour augmentation."""
     fast_decode: bool = False
-    """Decode JPEGs at a reduced scale and resize with SIMD: faster, a few pixels in a thousand off by one level."""
+    """Decode JPEGs at a reduced scale and resize with SIMD: faster, some values off by one or two of 255."""
     arrays: tuple[str, ...] = ()
     """Suffixes of stored arrays ("teacher.npy") that a batch holds, under their names without ".npy"."""
     strict: bool = False

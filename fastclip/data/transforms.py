@@ -127,8 +127,8 @@ def crop_box(
 class TrainTransform:
     """The bytes of an image file to training pixels, uint8 (3, size, size), with the draws of a `Stream`.
 
-    `fast` decodes a JPEG at the smallest scale that still holds the crop's pixels, and resizes with torch's SIMD
-    kernel, which rounds a few pixels in a thousand to the next level: for training only.
+    `fast` decodes a JPEG at the smallest scale that still holds the crop's pixels; where that is its own, torch's SIMD
+    kernel resizes it, and some values are off by one or two of 255: for training only.
     """
 
     size: int
@@ -159,12 +159,19 @@ class TrainTransform:
         if pixels is None:
             stream.state = state
             return None
-        across, down = pixels.shape[1] / width, pixels.shape[0] / height
-        left, top = int(left * across), int(top * down)
-        right, bottom = max(round(right * across), left + 1), max(round(bottom * down), top + 1)
+        if pixels.shape[:2] != (height, width):
+            return self._from_reduced(pixels, (left, top, right, bottom), size)
         crop = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
         sized = torch.nn.functional.interpolate(crop, (self.size, self.size), mode="bicubic", antialias=True)
         return sized[0].numpy()
+
+    def _from_reduced(self, pixels: np.ndarray, box: Box, full: tuple[int, int]) -> np.ndarray:
+        """The crop `box` of an image whose size was `full`; it may begin between two of its pixels now."""
+        from PIL import Image
+
+        across, down = pixels.shape[1] / full[0], pixels.shape[0] / full[1]
+        reduced = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+        return _pixels(Image.fromarray(pixels).resize((self.size, self.size), Image.Resampling.BICUBIC, box=reduced))
 
 
 def normalize_image(
