@@ -17,7 +17,7 @@ from fastclip.errors import UserError
 
 @dataclass(frozen=True)
 class Index:
-    """An index of the images of shards or of a folder, to search by sentence or by picture.
+    """An index of the images of shards or of a folder, to search in a moment.
 
     Features are kept in fp16, in parts; an interrupted call goes on where it was.
 
