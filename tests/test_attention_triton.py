@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -82,11 +83,18 @@ def test_dense_in_float32(device: str, lengths: tuple[int, ...], head_dim: int, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", range(0, 600, 60))
-@pytest.mark.usefixtures("triton_kernels")
-def test_every_length(device: str, first: int) -> None:
-    """1 to 600, causal and not in turns, the head dims in turns: every one meets every remainder of the tiles."""
-    for length in range(first + 1, first + 61):
+@pytest.mark.parametrize("first", range(0, 600, 100))
+def test_every_length(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, first: int) -> None:
+    """1 to 600, causal and not in turns, the head dims in turns; in blocks of 128 where the interpreter, which takes as
+    long for a small block as for a large one, would take minutes."""
+    tiles = triton_kernels._tiles
+
+    def larger(dtype: torch.dtype, head_dim: int, longest: int, *options) -> object:
+        chosen = tiles(dtype, head_dim, longest, *options)
+        return chosen if chosen.whole or longest % 32 == 1 else replace(chosen, block=128, step=128)
+
+    monkeypatch.setattr(triton_kernels, "_tiles", larger)
+    for length in range(first + 1, first + 101):
         head_dim = HEAD_DIMS[(length + length // 64) % len(HEAD_DIMS)]
         check((length,), head_dim, torch.float16, length % 2 == 0, device)
 
@@ -203,37 +211,33 @@ COMPILE = """
 import json, sys
 from importlib import import_module
 from fastclip.testing import compile_offline
-capability, modules, head_dims, names = json.loads(sys.argv[1])
+capability, modules, head_dims = json.loads(sys.argv[1])
 for module in modules:
     for case in import_module(f"fastclip.ops.attention.{module}").configurations():
-        first = next(iter(case["types"].values()))
-        if case["constants"]["D"] in head_dims and first[1:] in names:
+        if case["constants"]["D"] in head_dims:
             usage = compile_offline(**case, capability=capability)
-            print(json.dumps([f"{case['kernel'].fn.__name__} {first} {case['constants']} {case['options']}", *usage]))
+            print(json.dumps([f"{case['kernel'].fn.__name__} {case['types']} {case['constants']}", *usage]))
 """
 
 
-def assert_compiles(capability: int, head_dims: tuple[int, ...], names: tuple[str, ...], modules: list[str]) -> None:
+def assert_compiles(capability: int, modules: list[str], head_dims: tuple[int, ...] = HEAD_DIMS) -> int:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    wanted = json.dumps([capability, modules, head_dims, names])
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, wanted]
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps([capability, modules, head_dims])]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     usages = [json.loads(line) for line in result.stdout.splitlines()]
-    assert usages
     for name, registers, stack_bytes, shared_bytes in usages:
         assert stack_bytes == 0, f"{name} spills {stack_bytes} bytes on sm_{capability}"
         assert 0 < registers <= 255
         assert shared_bytes <= SHARED_BYTES[capability]
+    return len(usages)
 
 
 def test_pooled_compiles_without_spills() -> None:
-    assert_compiles(90, (80,), ("bf16",), ["triton_pooled"])
+    assert assert_compiles(90, ["triton_pooled"], (80,)) == 4
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_compiles_without_spills(capability: int, head_dim: int) -> None:
-    names = ("bf16", "fp16", "fp32") if head_dim in (64, 80, 128) else ("bf16",)
-    assert_compiles(capability, (head_dim,), names, ["triton", "triton_pooled"])
+def test_compiles_without_spills(capability: int) -> None:
+    assert assert_compiles(capability, ["triton", "triton_pooled"]) > 70

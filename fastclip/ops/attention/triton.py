@@ -30,9 +30,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _bounds(cu_ptr, sequence, length):
     """First row and number of rows."""
     if cu_ptr is None:
-        return sequence.to(tl.int64) * length, length
-    start = tl.load(cu_ptr + sequence)
-    return start.to(tl.int64), tl.load(cu_ptr + sequence + 1) - start
+        start, rows = sequence.to(tl.int64) * length, length
+    else:
+        first = tl.load(cu_ptr + sequence)
+        start, rows = first.to(tl.int64), tl.load(cu_ptr + sequence + 1) - first
+    return start, rows
 
 
 @triton.jit
@@ -289,10 +291,10 @@ def _tiles(dtype: torch.dtype, head_dim: int, longest: int, average: float, is_b
     """
     single = dtype == torch.float32
     block = 16 if single else 32 if average <= 32 and head_dim <= 64 else 64
-    largest = 32 if single else 128 if head_dim <= 64 else 64
-    if longest <= min(largest, 2 * block):
+    largest = (32, 128) if head_dim <= 64 else (16, 64)
+    if longest <= min(largest[not single], 2 * block):
         tile = max(16, triton.next_power_of_2(longest))
-        return Tiles(tile, tile, True, num_warps=max(1, tile // 16), num_stages=1)
+        return Tiles(tile, tile, True, num_warps=4 if single else max(1, tile // 16), num_stages=1)
     if single:
         return Tiles(block, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
     if is_backward and head_dim > 64:
@@ -358,17 +360,21 @@ def attention_bwd(
 
 
 def configurations() -> list[dict[str, Any]]:
-    """Every kernel in its launch configurations, as `fastclip.testing.compile_offline` takes them."""
-    lengths = ((50, 50), (64, 64), (77, 77), (77, 16), (257, 257), (600, 300))  # (longest, average)
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    """Every kernel in the launch configurations of published towers, as `fastclip.testing.compile_offline` takes them.
+
+    Causal ones have heads of 64 dimensions and bounds, the others are dense. float16 runs the code of bfloat16.
+    """
     cases = {}
-    for (dtype, name), head_dim, (longest, average) in itertools.product(names.items(), HEAD_DIMS, lengths):
-        special = {"cu_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
-        for kernel, causal in itertools.product((_fwd_kernel, _bwd_kernel), (False, True)):
-            tiles = _tiles(dtype, head_dim, longest, average, kernel is _bwd_kernel)
-            constants = _constants(causal, 8, head_dim, tiles)
-            types = {arg: special.get(arg, f"*{name}" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
-            options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-            case = {"kernel": kernel, "types": types, "constants": constants, "options": options}
-            cases[(kernel, dtype, head_dim, causal, tiles)] = case
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for head_dim, causal in [*itertools.product(HEAD_DIMS, (False,)), (64, True)]:
+            for longest, average in ((20, 20), (50, 50), (77, 77), (257, 257), *(((77, 16),) if causal else ())):
+                for kernel in (_fwd_kernel, _bwd_kernel):
+                    tiles = _tiles(dtype, head_dim, longest, average, kernel is _bwd_kernel)
+                    special = {"cu_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+                    pointer = f"*{name}"
+                    types = {x: special.get(x, pointer if x.endswith("_ptr") else "i32") for x in kernel.arg_names}
+                    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+                    constants = _constants(causal, 8, head_dim, tiles) | ({} if causal else {"cu_ptr": None})
+                    case = {"kernel": kernel, "types": types, "constants": constants, "options": options}
+                    cases[kernel, dtype, head_dim, causal, tiles] = case
     return list(cases.values())
