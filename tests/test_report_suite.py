@@ -127,6 +127,15 @@ def test_an_evaluations_page_and_charts(tmp_path: Path) -> None:
     assert write_evaluation(tmp_path / "again", results()).read_bytes() == path.read_bytes()
 
 
+def test_a_page_of_what_every_evaluation_has(tmp_path: Path) -> None:
+    always = ("checkpoint", "data", "precision", "package", "sets")
+    page = write_evaluation(tmp_path, {name: value for name, value in results().items() if name in always}).read_text()
+    assert "Zero-shot classification" in page
+    assert "Effective robustness" not in page
+    assert "Not on disk" not in page
+    assert not list(tmp_path.glob("chart-*.svg"))
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = start_browser(tmp_path_factory.mktemp("profile"))

@@ -151,6 +151,15 @@ def test_a_query_over_the_context_length_is_said_to_be_cut(server: SearchServer)
     assert body.count(b'<img src="/image/') == 11
 
 
+def test_a_fault_is_not_shown(
+    server: SearchServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "encode", None)
+    status, _, body = ask(server, "GET", "/?q=red")
+    assert (status, body) == (500, b"a fault in the server")
+    assert "TypeError" in capsys.readouterr().err
+
+
 def test_too_many_fields(server: SearchServer) -> None:
     assert ask(server, "GET", "/?" + "&".join(f"a{n}=1" for n in range(50)))[0] == 400
 

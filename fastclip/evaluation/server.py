@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+import traceback
 from base64 import b64encode
 from collections.abc import Callable
 from email.parser import BytesParser
@@ -116,8 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             self.close_connection = True  # what is left of the request is not read
             self._send(refused.status, "text/plain; charset=utf-8", refused.why.encode())
-        except TimeoutError:
+        except (TimeoutError, ConnectionError):
             self.close_connection = True
+        except Exception:  # the client learns that there was a fault, the terminal which
+            self.close_connection = True
+            traceback.print_exc()
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", b"a fault in the server")
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -44,6 +44,7 @@ class Vectors:
         self._parts: list[np.ndarray] = []
         self._starts = [0]
         self._index: Any = None
+        self._kept: dict[int, Tensor] = {}
         self.cells = 0
         self._open_parts()
 
@@ -174,13 +175,34 @@ class Vectors:
         return all_scores, all_found
 
     def _exact(self, queries: Tensor, k: int, among: np.ndarray | None) -> tuple[Tensor, Tensor]:
-        numbers = np.arange(len(self)) if among is None else np.sort(among)
-        if not len(numbers):
-            return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-        features = self.rows(numbers)
-        empty = ~features.any(1)
-        if empty.any():  # a row that stands for nothing must lie behind all others
-            features = torch.cat([features, torch.where(empty, -4.0, 0.0)[:, None]], 1)
-            queries = torch.cat([queries.float(), torch.ones(len(queries), 1)], 1)
-        scores, places = search(queries.float(), features, k)
-        return scores, torch.from_numpy(numbers)[places]
+        """Scores and numbers (Q, K) by comparison with every row, part by part, or with those `among` alone."""
+        queries = torch.cat([queries.float(), torch.ones(len(queries), 1)], 1)
+        if among is not None:
+            numbers = np.sort(among)
+            if not len(numbers):
+                return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+            scores, places = search(queries, _marked(self.rows(numbers)), k)
+            return scores, torch.from_numpy(numbers)[places]
+        best_scores, best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        for number, start in enumerate(self._starts[:-1]):
+            if self._starts[number + 1] == start:
+                continue
+            scores, places = search(queries, self._block(number), k)
+            best_scores, best = torch.cat([best_scores, scores], 1), torch.cat([best, places + start], 1)
+            best_scores, order = best_scores.sort(dim=1, descending=True, stable=True)  # equal scores stay by number
+            best_scores, best = best_scores[:, :k], best.gather(1, order)[:, :k]
+        return best_scores, best
+
+    def _block(self, number: int) -> Tensor:
+        """A part as `_marked` rows; kept where the whole collection is small."""
+        if number not in self._kept:
+            block = _marked(torch.from_numpy(np.asarray(self._parts[number], dtype=np.float32)))
+            if len(self) > EXACT:
+                return block
+            self._kept[number] = block
+        return self._kept[number]
+
+
+def _marked(features: Tensor) -> Tensor:
+    """The rows with one more column that puts a row of zeros, which stands for nothing, behind all others."""
+    return torch.cat([features, torch.where(features.any(1), 0.0, -4.0)[:, None]], 1)

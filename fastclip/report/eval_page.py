@@ -13,6 +13,8 @@ from fastclip.report.inputs import ZeroShot, read_sets
 from fastclip.report.page import directions, environment
 from fastclip.report.suite import read_suite, suite_charts
 
+_OPTIONAL: dict[str, Any] = {"tasks": {}, "missing": [], "robustness": None, "bias": None}
+
 
 def write_evaluation(folder: str | Path, results: Mapping[str, Any]) -> Path:
     """Writes results.json, index.html and a chart-*.svg for each chart into `folder`; returns the page's path."""
@@ -22,15 +24,17 @@ def write_evaluation(folder: str | Path, results: Mapping[str, Any]) -> Path:
     zero_shot, retrieval, _ = read_sets(results["sets"])
     charts = evaluation_charts(results, zero_shot)
     for chart in charts:
-        title = html.escape(f"{chart.title} ({chart.unit})" + (f": {chart.latest}" if chart.latest else ""))
-        svg = standalone_svg(chart.svg, title, chart.axis, [(css, html.escape(name)) for css, name in chart.legend])
+        title = html.escape(f"{chart.title}: {chart.latest}" if chart.latest else chart.title)
+        svg = standalone_svg(
+            chart.svg, title, f"{chart.unit}; {chart.axis}", [(css, html.escape(name)) for css, name in chart.legend]
+        )
         (folder / f"chart-{chart.key}.svg").write_text(svg)
     page = (
         environment()
         .get_template("evaluation.html")
         .render(
             style=(Path(__file__).parent / "style.css").read_text("utf-8"),
-            results=results,
+            results=_OPTIONAL | dict(results),
             zero_shot=zero_shot,
             multi_label=[(name, one) for name, one in results["sets"].items() if one["task"] == "multi_label"],
             retrieval=[(one, directions(one)) for one in retrieval],
