@@ -230,6 +230,23 @@ def test_the_others_end_and_name_the_rank(
 
 
 @pytest.mark.long
+def test_a_run_that_was_suspended_as_a_whole_goes_on(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = options(data, out, engine="torch", steps=100_000, hang_timeout=5.0, schedule="constant")
+    with by_hand(arguments, 2) as ranks:
+        wait_for(lambda: (out / "metrics.jsonl").is_file() and len(lines(out)) >= 3, ranks[0])
+        for number, seconds in ((signal.SIGSTOP, 12), (signal.SIGCONT, 0)):
+            for rank in ranks:
+                rank.send_signal(number)
+            time.sleep(seconds)
+        before = len(lines(out))
+        wait_for(lambda: len(lines(out)) > before + 3, ranks[0])
+        for rank in ranks:
+            rank.terminate()
+        assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.long
 def test_a_fault_on_one_rank_is_named_by_the_others(data: Path, tmp_path: Path) -> None:
     code = STUCK.replace("time.sleep(1000)", "raise ZeroDivisionError('a bug')")
     arguments = options(data, tmp_path / "out", engine="torch", steps=100_000, hang_timeout=10.0)

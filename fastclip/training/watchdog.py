@@ -88,8 +88,23 @@ class Watchdog:
         self._where, self._since, self._is_limited = where, now, is_limited
         self._count += 1
 
+    def _wait(self) -> float | None:
+        """The time between two beats; how much longer it was than it should be, or None at the end.
+
+        A process that was held (a suspended machine, a frozen container) blames nobody for that time: the others may
+        have been held too.
+        """
+        interval, began = self.limit / BEATS, time.monotonic()
+        if self._stopped.wait(interval):
+            return None
+        held = time.monotonic() - began - interval
+        return held if held > interval else 0.0
+
     def _beat(self) -> None:
-        while not self._stopped.wait(self.limit / BEATS):
+        while (held := self._wait()) is not None:
+            self._since += held
+            for seen in self._seen.values():
+                seen.at += held
             try:
                 self._tell()
                 if self.processes.is_first:
@@ -108,7 +123,8 @@ class Watchdog:
 
     def _judge_store(self) -> None:
         """An operation on the store of a process that was stopped returns only when that goes on."""
-        while not self._stopped.wait(self.limit / BEATS):
+        while (held := self._wait()) is not None:
+            self._last_answer += held
             silence = time.monotonic() - self._last_answer
             if silence > self.limit * (1 + 2 / BEATS):
                 self._end(0, f"rank 0, which holds the rendezvous, has not answered for {silence:.0f} s")
