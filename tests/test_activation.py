@@ -131,8 +131,15 @@ def test_wrong_arguments_are_named(call, message: str) -> None:
 
 
 def test_what_is_taken() -> None:
-    assert [v.impl for v in explain("cpu", torch.bfloat16) if v.chosen] == ["cpu"]
-    assert [v.impl for v in explain("cpu", torch.float64) if v.chosen] == ["reference"]
+    for dtype, kind, impl in (
+        (torch.bfloat16, "quick_gelu", "cpu"),
+        (torch.float32, "gelu_tanh", "cpu"),
+        (torch.float32, "gelu", "reference"),
+        (torch.float64, "quick_gelu", "reference"),
+    ):
+        assert [v.impl for v in explain("cpu", dtype, kind) if v.chosen] == [impl]
+    assert [v.impl for v in explain("cuda", torch.bfloat16, "quick_gelu") if v.chosen] == ["triton"]
+    assert [v.impl for v in explain("cuda", torch.bfloat16, "gelu") if v.chosen] == ["reference"]
 
 
 @pytest.mark.long

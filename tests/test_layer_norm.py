@@ -164,7 +164,10 @@ def test_says_why_an_implementation_is_not_taken(monkeypatch) -> None:
         layer_norm(x, weight, weight, impl="apex")
     monkeypatch.setattr(_dispatch, "has_package", lambda name: True)
     reasons = {v.impl: v.reason for v in explain("cpu", torch.float32)}
-    assert reasons["cpu"] == "first that can run"
+    assert reasons["reference"] == "first that can run"
+    assert reasons["cpu"] == "auto prefers reference here"
+    assert [v.impl for v in explain("cpu", torch.bfloat16) if v.chosen] == ["cpu"]
+    assert [v.impl for v in explain("cpu", torch.bfloat16, has_residual=False) if v.chosen] == ["reference"]
     assert "CUDA devices only" in reasons["apex"]
 
 

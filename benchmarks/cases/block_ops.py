@@ -72,7 +72,7 @@ def _act_case(kind: str, eager: Callable[[Tensor], Tensor]) -> Case:
         return probe(activation_op.activation(x, kind=kind, impl=impl))
 
     def variants(problem: Problem) -> list[Variant]:
-        verdicts = activation_op.explain(problem.device, problem.torch_dtype)
+        verdicts = activation_op.explain(problem.device, problem.torch_dtype, kind)
         found = _with_compile(BUDGETS[problem.dtype], lambda: lambda x: probe(eager(x)))
         return [*found, *our_variants(problem, ours, verdicts, skip=("reference",))]
 

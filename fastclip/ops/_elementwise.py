@@ -13,11 +13,6 @@ TAKES = {
 }
 
 
-def order(device_type: str) -> tuple[str, ...]:
-    """What "auto" tries, best first. CUDA is not measured: there "auto" is PyTorch's own."""
-    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
-
-
 def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | None:
     """The reason `impl` of `op` cannot run on such tensors, or None."""
     if dtype not in TAKES.get(impl, (dtype,)):
@@ -45,11 +40,15 @@ def _is_missing(op: str, impl: str, device_type: str) -> str | None:
 _is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def pick(op: str, impl: str, names: tuple[str, ...], device_type: str, dtype: torch.dtype) -> str:
+def pick(
+    op: str, impl: str, names: tuple[str, ...], order: tuple[str, ...], device_type: str, dtype: torch.dtype
+) -> str:
     """The implementation to run; see `_dispatch.pick` for errors."""
-    return _dispatch.pick(op, impl, names, order(device_type), lambda name: why_not(op, name, device_type, dtype))
+    return _dispatch.pick(op, impl, names, order, lambda name: why_not(op, name, device_type, dtype))
 
 
-def explain(op: str, names: tuple[str, ...], device_type: str, dtype: torch.dtype) -> list[_dispatch.Verdict]:
+def explain(
+    op: str, names: tuple[str, ...], order: tuple[str, ...], device_type: str, dtype: torch.dtype
+) -> list[_dispatch.Verdict]:
     """Which implementation "auto" takes, and why not the others."""
-    return _dispatch.explain(op, names, order(device_type), lambda name: why_not(op, name, device_type, dtype))
+    return _dispatch.explain(op, names, order, lambda name: why_not(op, name, device_type, dtype))

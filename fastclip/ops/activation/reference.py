@@ -12,6 +12,8 @@ QUICK_GELU_SLOPE = 1.702
 
 def activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """See `fastclip.ops.activation`."""
+    if kind != "quick_gelu" and bias is None:  # PyTorch's own computes half types in fp32 too
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
     z = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     z = z if bias is None else z + bias.to(z.dtype)
     if kind == "quick_gelu":

@@ -47,12 +47,20 @@ def layer_norm(
         raise ValueError(
             f"residual must be {tuple(x.shape)} of {x.dtype} like x, was {tuple(residual.shape)} of {residual.dtype}"
         )
-    name = _elementwise.pick("layer_norm", impl, IMPLS, x.device.type, x.dtype)
+    order = _order(x.device.type, x.dtype, residual is not None)
+    name = _elementwise.pick("layer_norm", impl, IMPLS, order, x.device.type, x.dtype)
     if name in _COMPOSED:
         return _COMPOSED[name].layer_norm(x, weight, bias, residual, eps)
     return op.layer_norm(x, weight, bias, residual, eps, name)
 
 
-def explain(device_type: str, dtype: torch.dtype) -> list[_dispatch.Verdict]:
+def _order(device_type: str, dtype: torch.dtype, has_residual: bool) -> tuple[str, ...]:
+    """What "auto" tries, best first. On the CPU ours is ahead of PyTorch's in bfloat16 with a residual. CUDA is not
+    measured: there "auto" is PyTorch's own."""
+    is_ahead = device_type == "cpu" and dtype == torch.bfloat16 and has_residual
+    return ("cpu", "reference") if is_ahead else ("reference",)
+
+
+def explain(device_type: str, dtype: torch.dtype, has_residual: bool = True) -> list[_dispatch.Verdict]:
     """Which implementation "auto" takes, and why not the others."""
-    return _elementwise.explain("layer_norm", IMPLS, device_type, dtype)
+    return _elementwise.explain("layer_norm", IMPLS, _order(device_type, dtype, has_residual), device_type, dtype)
