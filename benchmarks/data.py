@@ -202,14 +202,19 @@ def measure(pattern: str, rounds: int, seconds: float) -> dict[str, Rates]:
     found: dict[str, Rates] = {"data_pipeline": {impl: [] for impl in makers}}
     found |= {part: {impl: [] for impl in impls} for part, impls in parts.items()}
     for _ in range(rounds):
-        for impl, make in makers.items():
-            stream = make()
-            found["data_pipeline"][impl].append(pipeline_rate(stream, seconds))
-            stream.close()  # type: ignore[attr-defined]
         for part, impls in parts.items():
             for impl, rate in impls.items():
-                found[part][impl].append(rate())
+                _note(found, part, impl, rate())
+        for impl, make in makers.items():
+            stream = make()
+            _note(found, "data_pipeline", impl, pipeline_rate(stream, seconds))
+            stream.close()  # type: ignore[attr-defined]
     return found
+
+
+def _note(found: dict[str, Rates], part: str, impl: str, rate: float) -> None:
+    found[part][impl].append(rate)
+    print(f"{part} {impl}: {rate:,.0f} /s", file=sys.stderr, flush=True)
 
 
 def to_rows(found: dict[str, Rates]) -> Iterator[rows.Row]:

@@ -77,7 +77,7 @@ def test_any_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> 
 
 
 @pytest.mark.long
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(parts=words, glue=st.sampled_from(["", " "]))
 def test_much_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> None:
     text = glue.join(parts)
