@@ -24,7 +24,7 @@ class Index:
     Example: fastclip index "data/demo/*_test-*.tar" --out runs/demo/index
     """
 
-    images: Annotated[
+    source: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SHARDS|DIR", help_behavior_hint="")
     ] = ()
     """Shards (files, patterns, a folder with *.tar), or a folder of image files."""
@@ -45,7 +45,7 @@ class Index:
 def main(arguments: Sequence[str]) -> None:
     """See `Index`."""
     options = parse(Index, "index", arguments)
-    if not options.images:
+    if not options.source:
         raise UserError('there is nothing to index: name shards ("data/demo/*.tar") or a folder of images')
     if not options.out:
         raise UserError("--out must name the folder for the index")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     start, out = time.monotonic(), Path(options.out)
     about = build_index(
         encoder,
-        options.images,
+        options.source,
         out,
         model=weights_fingerprint(checkpoint),
         checkpoint=str(checkpoint),
