@@ -104,9 +104,9 @@ class CLIP(TextTower):
     def set_recompute(self, mode: str) -> None:
         """What backward recomputes instead of keeping it, in both towers; gradients stay the same.
 
-        mode: "none"; "selective": what LayerNorm and activation return, without a product more (a ModifiedResNet
-            keeps what it keeps); "full": every block. A wrapped tower is asked for "full" through its own
-            `set_grad_checkpointing`. Raises ValueError where a tower cannot.
+        mode: "none"; "selective": what LayerNorm, attention and activation return, no product with a weight more (a
+            ModifiedResNet keeps what it keeps); "full": every block. A wrapped tower is asked for "full" through its
+            own `set_grad_checkpointing`. Raises ValueError where a tower cannot.
         """
         check_choice("mode", mode, ("none", "selective", "full"))
         towers: list[Any] = [self.visual.transformer if isinstance(self.visual, VisionTransformer) else self.visual]
