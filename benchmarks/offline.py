@@ -41,9 +41,16 @@ def configurations(ops: Sequence[str] = tuple(MODULES)) -> Iterator[tuple[Row, d
     """(what names the configuration, what `fastclip.testing.compile_offline` takes), for every architecture."""
     for op in ops:
         for module in MODULES[op]:
-            for case in import_module(f"fastclip.ops.{module}").configurations():
+            for case in filter(_is_listed, import_module(f"fastclip.ops.{module}").configurations()):
                 for capability in CAPABILITIES:
                     yield _named(op, case, capability), {**case, "capability": capability}
+
+
+def _is_listed(case: dict[str, Any]) -> bool:
+    """All but attention's 600: of those the heads of 64 dimensions in bf16. Its tests compile the others."""
+    types = case["types"]
+    kind = types.get("qkv_ptr", types.get("q_ptr", "*bf16"))
+    return case["constants"].get("D", 64) == 64 and kind == "*bf16"
 
 
 def _named(op: str, case: dict[str, Any], capability: int) -> Row:
