@@ -16,9 +16,9 @@ from fastclip.training.plan import Machine, _peak, chunk_activations, memory, pa
 
 @pytest.mark.parametrize(("depth", "chunk"), [(4, 6), (3, 12)])
 def test_activations_are_linear_in_depth_and_pairs(depth: int, chunk: int) -> None:
-    """Measured at one and two blocks, two and four pairs: right at others."""
+    """Measured at one and two blocks, two and four pairs: right at others, to a third of what a plan may be off."""
     model = model_of(128, depth)
-    assert chunk_activations(model, "fp32", chunk) == pytest.approx(_peak(model, "fp32", chunk, 32), rel=0.03)
+    assert chunk_activations(model, "fp32", chunk) == pytest.approx(_peak(model, "fp32", chunk, 32), rel=0.05)
 
 
 def test_activations_follow_what_they_depend_on() -> None:
