@@ -38,7 +38,7 @@ class TrainConfig:
     caption_key: str = ""
     """Column of a table that holds the captions."""
     fast_decode: bool = False
-    """Decode JPEGs at a reduced scale: faster, a few pixels in a thousand off by one level."""
+    """Decode JPEGs at a reduced scale: faster, some values off by one or two of 255."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strengths of brightness, contrast, saturation and hue, as in open_clip's --aug-cfg."""
     color_jitter_prob: float = 0.0
