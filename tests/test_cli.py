@@ -128,7 +128,8 @@ def test_help_of_a_verb_says_every_option_and_an_example(run: Run, verb: str, mo
     kind = getattr(import_module(VERBS[verb][0]), verb.split()[-1].capitalize())
     named = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)}
     options = dict(re.findall(r"^. (--[a-z-]+)(.*?)(?=^. --|^.---|\Z)", out, flags=re.M | re.S))
-    assert set(options) == named - {"--sentence", "--directory", "--shards", "--source", "--target"}  # what has no name on the command line
+    without_a_name = {"--sentence", "--directory", "--shards", "--source", "--target"}  # on the command line
+    assert set(options) == named - without_a_name
     for name, text in options.items():
         assert "(default:" in text, name
 

@@ -1,4 +1,4 @@
-"""GradCache on two ranks against autograd of the whole batch: uneven shares, DDP, FSDP2, mistakes told on every rank."""
+"""GradCache on two ranks against autograd of the whole batch: uneven shares, DDP, FSDP2, mistakes told on all."""
 
 from __future__ import annotations
 

@@ -284,17 +284,18 @@ def _parts(head_dim: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(head_dim)), 0
 
 
-def _tiles(dtype: torch.dtype, head_dim: int, longest: int, average: float, is_backward: bool) -> Tiles:
+def _tiles(dtype: torch.dtype, head_dim: int, longest: int, average: float, causal: bool, is_backward: bool) -> Tiles:
     """For sequences of up to `longest` rows; each of its results compiles for sm_80, sm_90 and sm_100 without a spill.
 
     One tile where all fit, but small blocks where most sequences are far shorter than the longest (packed captions).
     """
     single = dtype == torch.float32
     block = 16 if single else 32 if average <= 32 and head_dim <= 64 else 64
-    largest = (32, 128) if head_dim <= 64 else (16, 64)
+    largest = (32, 64 if is_backward and not causal else 128) if head_dim <= 64 else (16, 64)
     if longest <= min(largest[not single], 2 * block):
         tile = max(16, triton.next_power_of_2(longest))
-        return Tiles(tile, tile, True, num_warps=4 if single else max(1, tile // 16), num_stages=1)
+        warps = 8 if is_backward and tile == 64 else max(1, tile // 16)
+        return Tiles(tile, tile, True, num_warps=4 if single else warps, num_stages=1)
     if single:
         return Tiles(block, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
     if is_backward and head_dim > 64:
@@ -314,7 +315,7 @@ def _plan(
     """How many programs, and the arguments that all kernels share."""
     total, _, heads, head_dim = x.shape
     sequences = (total // max_seqlen if max_seqlen else 0) if cu_seqlens is None else cu_seqlens.numel() - 1
-    tiles = _tiles(x.dtype, head_dim, max_seqlen, total / max(sequences, 1), is_backward)
+    tiles = _tiles(x.dtype, head_dim, max_seqlen, total / max(sequences, 1), causal, is_backward)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return sequences * heads, _constants(causal, heads, head_dim, tiles) | options
 
@@ -369,7 +370,7 @@ def configurations() -> list[dict[str, Any]]:
         for head_dim, causal in [*itertools.product(HEAD_DIMS, (False,)), (64, True)]:
             for longest, average in ((20, 20), (50, 50), (77, 77), (257, 257), *(((77, 16),) if causal else ())):
                 for kernel in (_fwd_kernel, _bwd_kernel):
-                    tiles = _tiles(dtype, head_dim, longest, average, kernel is _bwd_kernel)
+                    tiles = _tiles(dtype, head_dim, longest, average, causal, kernel is _bwd_kernel)
                     special = {"cu_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
                     pointer = f"*{name}"
                     types = {x: special.get(x, pointer if x.endswith("_ptr") else "i32") for x in kernel.arg_names}
