@@ -291,13 +291,14 @@ def _tiles(dtype: torch.dtype, head_dim: int, longest: int, average: float, caus
     """
     single = dtype == torch.float32
     block = 16 if single else 32 if average <= 32 and head_dim <= 64 else 64
-    largest = (32, 64 if is_backward and not causal else 128) if head_dim <= 64 else (16, 64)
+    largest = (16 if is_backward else 32, 64 if is_backward and not causal else 128) if head_dim <= 64 else (16, 64)
     if longest <= min(largest[not single], 2 * block):
         tile = max(16, triton.next_power_of_2(longest))
         warps = 8 if is_backward and tile == 64 else max(1, tile // 16)
         return Tiles(tile, tile, True, num_warps=4 if single else warps, num_stages=1)
     if single:
-        return Tiles(block, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
+        rows = 32 if 80 < head_dim <= 96 and not is_backward else block
+        return Tiles(rows, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
     if is_backward and head_dim > 64:
         return Tiles(block, 32, False, num_warps=8, num_stages=1)
     return Tiles(block, 32, False, num_warps=4, num_stages=2 if block == 64 else 1)
