@@ -411,12 +411,12 @@ def test_plots_are_drawn_and_the_same_rows_make_the_same_file(tmp_path: Path) ->
 
 
 def test_the_committed_rows_are_readable() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.csv"):
-        for row in rows.read(path):
+    for name in ("cpu", "quick", "h200_predicted"):
+        for row in rows.read(ROOT / "benchmarks" / "results" / f"{name}.csv"):
             assert row["op"] in CASES
             assert row["phase"] in PHASES
-            for name in ("p50_ms", "p20_ms", "p80_ms", "peak_mb", "gflops", "pct_roofline", "predicted_ms", "ratio"):
-                assert row[name] == "" or rows.number(row[name]) is not None
+            for column in ("p50_ms", "p20_ms", "p80_ms", "peak_mb", "gflops", "pct_roofline", "predicted_ms", "ratio"):
+                assert row[column] == "" or rows.number(row[column]) is not None
 
 
 def test_nothing_here_starts_cuda_or_imports_a_peer() -> None:

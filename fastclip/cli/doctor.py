@@ -40,9 +40,9 @@ class Doctor:
 
     Changes nothing. The exit status is 0 also where something optional is missing.
 
-    Examples: fastclip doctor --json > doctor.json
+    Example: fastclip doctor --json > doctor.json
 
-    fastclip doctor --op attention --size 197 --head-dim 80 --dtype float16
+    Example: fastclip doctor --op attention --size 197 --head-dim 80 --dtype float16
     """
 
     op: Literal["", "contrastive_loss", "sigmoid_loss", "attention", "layer_norm", "activation"] = ""

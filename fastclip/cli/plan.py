@@ -17,12 +17,12 @@ GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Plan:
     """Memory of a rank and time of a step for a model, a number of GPUs and a global batch.
 
     Without --chunk-size and --zero-stage the first that fits is taken: the lowest stage, the largest chunk.
 
-    fastclip plan --model ViT-B-16 --gpus 8 --global-batch 65536 --plot scaling.png
+    Example: fastclip plan --model ViT-B-16 --gpus 8 --plot scaling.png
     """
 
     model: str = "ViT-B-32"
@@ -59,7 +59,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the plan; exit status 2 where nothing fits."""
-    options = parse(Options, "plan", arguments)
+    options = parse(Plan, "plan", arguments)
     from fastclip.training.plan import Machine, memory, step_time
 
     machine = Machine(
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fitting(options: Options) -> TrainConfig:
+def _fitting(options: Plan) -> TrainConfig:
     """The config that fits, as little partitioned and as little chunked as can be."""
     from fastclip.training.config import TrainConfig
     from fastclip.training.plan import memory

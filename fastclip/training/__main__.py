@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fastclip.errors import UserError
 from fastclip.training.config import TrainConfig, read_config, with_values
-from fastclip.training.open_clip import translate
 from fastclip.training.recipes import RECIPES, get_recipe
 from fastclip.training.signals import requests_to_end
 
@@ -47,6 +46,8 @@ def parse(arguments: Sequence[str], aloud: bool = True) -> TrainConfig:
         config = get_recipe(chosen.recipe) if chosen.recipe else TrainConfig()
         resumed_config = _config_of_run(chosen.resume, chosen.out)
         if chosen.from_open_clip:
+            from fastclip.training.open_clip import translate
+
             values, notes = translate(chosen.from_open_clip)
             config = with_values(config, values, "--from-open-clip")
             if aloud:
