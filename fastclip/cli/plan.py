@@ -18,9 +18,9 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory of a rank and time of a step for a model, a number of GPUs and a global batch.
+    """Memory of a rank and time of a step: a model, some GPUs, a global batch.
 
-    Without --chunk-size and --zero-stage the first that fits is taken: the lowest stage, the largest chunk.
+    Without --chunk-size and --zero-stage: the lowest stage, the largest chunk.
 
     Example: fastclip plan --model ViT-B-16 --gpus 8 --plot scaling.png
     """
