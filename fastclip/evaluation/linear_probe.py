@@ -88,9 +88,11 @@ def _accuracy(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarr
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise UserError("a linear probe needs scikit-learn: pip install 'fastclip-kernels[eval]'") from error
-    with warnings.catch_warnings():
+    # One thread: the products are small, and the threads of several ranks would wait for each other.
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops after 1,000 iterations too
         model = LogisticRegression(C=C, max_iter=ITERATIONS).fit(x, y)
     return float((model.predict(x_test) == y_test).mean())
