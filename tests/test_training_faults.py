@@ -201,7 +201,7 @@ FAULTS = [
     pytest.param("stopped", 0, 10.0, "which holds the rendezvous, has not answered for", marks=pytest.mark.long),
     pytest.param("killed", 1, 10.0, "has given no sign of life for", marks=pytest.mark.long),
     pytest.param("killed", 0, 10.0, "which holds the rendezvous, has not answered for", marks=pytest.mark.long),
-    pytest.param("stuck", 1, 10.0, "has stood still for", marks=pytest.mark.long),
+    pytest.param("stuck", 1, 10.0, "ranks 0, 1 have stood still for", marks=pytest.mark.long),
     pytest.param("stopped", 0, 40.0, "which holds the rendezvous, has not answered for", marks=pytest.mark.long),
 ]
 
@@ -224,8 +224,9 @@ def test_the_others_end_and_name_the_rank(
             where, _ = ranks[culprit].communicate(timeout=TIMEOUT)
             assert "in stuck" in where, "where the rank stands is shown"
     (line,) = [line for line in said.splitlines() if line.startswith("fastclip train: ")]
-    assert line.startswith(f"fastclip train: rank {culprit} "), line
-    assert message in line.replace(f"rank {culprit}, ", "")
+    assert line.startswith("fastclip train: rank"), line
+    assert message in line
+    assert str(culprit) in line.partition(":")[2].split(" has ")[0]
     assert spent < (60 if limit == 40.0 else 30), f"{spent:.0f} s"
 
 

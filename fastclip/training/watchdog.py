@@ -28,6 +28,7 @@ from fastclip.training.signals import GO_ON, Request
 BEATS = 8  # in the time that a rank may be silent
 SLOWER = 10.0  # times the longest part of a step so far that a part may take
 _VERDICT = "verdict"
+_SEVERAL = -1  # in place of a rank
 
 
 @dataclass
@@ -156,12 +157,19 @@ class Watchdog:
             elif now - seen.at > self.limit and not words.get("has_left"):
                 silence = f"{now - seen.at:.0f} s, it was at {words.get('where')}"
                 return rank, f"{who} has given no sign of life for {silence}"
-        behind = min((seen.words["count"], rank) for rank, seen in self._seen.items() if rank in ranks and seen.words)
-        words = self._seen[behind[1]].words
-        if words["most"] is not None and words["age"] > words["most"] and not words["has_left"]:
-            who = f"rank {behind[1]} ({words['process']})"
-            return behind[1], f"{who} has stood still for {words['age']:.0f} s at {words['where']}"
-        return None
+        return self._standing_still() if self.processes.is_first else None
+
+    def _standing_still(self) -> tuple[int, str] | None:
+        """The rank that is furthest behind, or all that are: which of them the others wait for is not seen from here."""
+        counts = {rank: seen.words["count"] for rank, seen in self._seen.items() if seen.words}
+        behind = [rank for rank, count in counts.items() if count == min(counts.values())]
+        words = self._seen[behind[0]].words
+        if words["most"] is None or words["age"] <= words["most"] or words["has_left"]:
+            return None
+        since = f"stood still for {words['age']:.0f} s at {words['where']}"
+        if len(behind) == 1:
+            return behind[0], f"rank {behind[0]} ({words['process']}) has {since}"
+        return _SEVERAL, f"ranks {', '.join(map(str, behind))} have {since}"
 
     def _end(self, culprit: int, message: str) -> None:
         if self._stopped.is_set():
@@ -169,7 +177,7 @@ class Watchdog:
         rank = self.processes.rank
         if rank == (1 if culprit == 0 else 0):
             print(f"fastclip train: {message}: the run ends; --resume latest goes on", file=sys.stderr, flush=True)
-        if rank == culprit:  # it lives: where it stands
+        if culprit in (rank, _SEVERAL):  # it lives: where it stands
             faulthandler.dump_traceback(file=sys.stderr)
         if self.processes.is_first:  # the others read the verdict where this rank may hold it
             time.sleep(2 * self.limit / BEATS)
