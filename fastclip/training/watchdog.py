@@ -160,7 +160,7 @@ class Watchdog:
         return self._standing_still() if self.processes.is_first else None
 
     def _standing_still(self) -> tuple[int, str] | None:
-        """The rank that is furthest behind, or all that are: which of them the others wait for is not seen from here."""
+        """The rank that is furthest behind, or all that are: which of them the others wait for, nothing here shows."""
         counts = {rank: seen.words["count"] for rank, seen in self._seen.items() if seen.words}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         words = self._seen[behind[0]].words
