@@ -145,9 +145,9 @@ def contrastive_loss(
         normalize: L2-normalise the features first, in fp32: their unit vectors are used as fp16 where 16-bit features
             are on a GPU. A vector shorter than 1e-12 counts as zero and gets a zero gradient.
         reduction: "mean", "sum", or "none" for this rank's (n,) losses.
-        memory_budget: bytes that may hold logits from forward to backward, for as many rows as fit (4 M bytes in fp32):
-            those are not made a second time, three products instead of four. Not used for 16-bit features on the CPU,
-            where their products are faster than the memory.
+        memory_budget: bytes that may hold fp32 logits from forward to backward, for as many whole rows as fit: those
+            are not made a second time, three products instead of four. On the CPU 4 MB are used in any case, and no
+            more with 16-bit features, whose products are faster there than the memory.
         group: process group, None for this process alone.
         ring: pass the texts round the ranks instead of gathering them: O(m D) memory in place of O(M D), W messages
             in place of one; the same loss and gradient up to rounding.
