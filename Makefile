@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 	@echo "Installing into $(VENV) (about two minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools wheel ninja triton
-	@$(PIP) --no-build-isolation -e '.[train,eval,data,dev,docs]'
+	@$(PIP) --no-build-isolation -e '.[train,eval,data,search,dev,docs]'
 	@touch $@
 
 # What tests compare with and drop in to. Some ask for a torchvision, and no build of that belongs to the pinned torch: see

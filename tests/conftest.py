@@ -37,6 +37,13 @@ def unlisted_skips(reporter: pytest.TerminalReporter) -> list[str]:
     return sorted(test for test in skipped if not is_admitted(test))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that are wholly about peers are not imported by a run without them: peers may not be installed there."""
+    if "not peer" in config.getoption("markexpr") and collection_path.suffix == ".py":
+        return "\npytestmark = pytest.mark.peer\n" in collection_path.read_text() or None
+    return None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for test in unlisted_skips(terminalreporter):
         terminalreporter.write_line(f"skip not listed in {SKIPS.name}: {test}", red=True)
