@@ -1,4 +1,4 @@
-"""Edited captions: two words exchanged or one replaced, in places where they could stand, drawn by name."""
+"""Edited captions: words or pairs of them exchanged or one replaced, where they could stand, drawn by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,20 @@ def every_edit(edits: CaptionEdits, caption: str) -> set[str]:
 
 
 def test_words_change_places_where_captions_have_them() -> None:
-    edits = CaptionEdits(CAPTIONS)
-    assert every_edit(edits, CAPTIONS[0]) == {"a blue circle and a red square", "a red square and a blue circle"}
+    assert every_edit(CaptionEdits(CAPTIONS), CAPTIONS[0]) == {"a blue circle and a red square"}  # no circle comes last
+    assert every_edit(CaptionEdits([*CAPTIONS, "a square and a circle"]), CAPTIONS[0]) == {
+        "a blue circle and a red square",
+        "a red square and a blue circle",
+        "a blue square and a red circle",
+    }
+
+
+def test_pairs_that_share_a_word_in_the_same_place_do_not_change_places() -> None:
+    """The exchange of their other words does the same."""
+    caption, exchanged = "a red ring on a red star", "a red star on a red ring"
+    edits = CaptionEdits([caption, exchanged])
+    assert every_edit(edits, caption) == {exchanged}
+    assert len(list(edits._exchanges(["", *caption.split(), ""]))) == 1
 
 
 def test_without_an_exchange_one_word_is_replaced() -> None:
