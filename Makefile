@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*
 # tests/peers.py.
 $(PEERS): $(STAMP)
 	@$(PIP) --no-deps torchvision timm open_clip_torch clip_benchmark
-	@$(PIP) ftfy regex huggingface_hub transformers sentence-transformers accelerate lightning webdataset pandas
+	@$(PIP) ftfy regex huggingface_hub transformers sentence-transformers accelerate lightning webdataset pandas torchao
 	@touch $@
 
 build: $(STAMP)

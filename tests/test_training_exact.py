@@ -27,11 +27,13 @@ class Setting(NamedTuple):
     chunks: int
     reduction: str = "auto"
     is_offloaded: bool = False
+    recompute: str = "none"
 
     @property
     def label(self) -> str:
         stage = "torch" if self.stage < 0 else f"zero{self.stage}"
-        return f"{stage}-{self.chunks}-{self.reduction}{'-offload' if self.is_offloaded else ''}"
+        extra = "-offload" * self.is_offloaded + f"-{self.recompute}" * (self.recompute != "none")
+        return f"{stage}-{self.chunks}-{self.reduction}{extra}"
 
 
 def matrix() -> list[Setting]:
@@ -53,6 +55,8 @@ FAST = [
     Setting(1, 4, "unmanaged"),
     Setting(2, 2, "coalesced", True),
     Setting(3, 4, "coalesced"),
+    Setting(3, 2, recompute="selective"),
+    Setting(3, 2, recompute="full"),
 ]
 FOUR_RANKS = [
     Setting(0, 4, "boundary"),
@@ -84,6 +88,7 @@ def errors_of(settings: list[Setting]) -> dict[str, tuple[float, float]]:
             OFFLOADS[setting.stage] if setting.is_offloaded else None,
             chunk_size=SIZES[ranks][setting.chunks],
             reduction=setting.reduction,
+            recompute=setting.recompute,
             global_batch=GLOBAL[ranks],
         )
         made.steps(STEPS)

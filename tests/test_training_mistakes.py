@@ -159,3 +159,9 @@ def test_a_fault_is_no_mistake(
     monkeypatch.setattr("fastclip.training.torch_engine.TorchEngine.step", fail)
     assert main(options(data, tmp_path / "out", engine="torch")) == 1
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_fp8_says_what_it_needs(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*options(data, tmp_path / "run"), "--fp8"]) == 2
+    assert "--fp8: fp8 needs " in capfd.readouterr().err  # torchao, or a GPU
+    assert not (tmp_path / "run").exists()

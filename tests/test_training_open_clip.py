@@ -52,7 +52,10 @@ def test_a_command_line_becomes_a_config(capfd: pytest.CaptureFixture[str]) -> N
 
 def test_locks_cooldowns_and_resnets() -> None:
     line = "--model RN50 --lock-image --lock-image-unlocked-groups=2 --lr-scheduler const-cooldown --epochs 10"
-    values, notes = translate(f"{line} --epochs-cooldown 2 --train-num-samples 6400 --grad-clip-norm 1 --opt lamb")
+    values, notes = translate(
+        f"{line} --grad-checkpointing --epochs-cooldown 2 --train-num-samples 6400 --grad-clip-norm 1 --opt lamb"
+    )
+    assert values["recompute"] == "full"
     assert (values["lock_image"], values["image_unlocked"], values["betas"], values["eps"]) == (
         True,
         "2",

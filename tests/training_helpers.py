@@ -116,6 +116,7 @@ def small(
     config, ds_config, _ = resolve_deepspeed(config, processes.world_size)
     ds_config["zero_optimization"] |= zero or {}
     model = debug_model()
+    model.set_recompute(config.recompute)
     if weights:
         model.load_state_dict(weights)
     engine = build_engine(model, config, processes, ds_config if kind == "deepspeed" else None, make_optimizer)

@@ -39,6 +39,8 @@ class Plan:
     """DeepSpeed ZeRO stage; -1 looks for the lowest that fits."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the computation."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it."""
     text_tokens: float = 0.0
     """Tokens of a caption on average, start and end included; 0 takes as many as fit."""
     memory: float = 80.0
@@ -107,13 +109,14 @@ def _fitting(options: Plan) -> TrainConfig:
     base = get_recipe(options.recipe) if options.recipe else TrainConfig()
     if not options.recipe:
         base = replace(base, model=options.model, global_batch=options.global_batch)
+    base = replace(base, engine="deepspeed", precision=options.precision, recompute=options.recompute)
     local = base.global_batch // options.gpus
     chunks = [options.chunk_size] if options.chunk_size else _halves(local)
     stages = [options.zero_stage] if options.zero_stage >= 0 else [1, 2, 3]
     tokens, least = options.text_tokens or None, float("inf")
     for stage in stages:
         for chunk in chunks:
-            config = replace(base, engine="deepspeed", zero_stage=stage, chunk_size=chunk, precision=options.precision)
+            config = replace(base, zero_stage=stage, chunk_size=chunk)
             total = memory(config, options.gpus, tokens).total
             least = min(least, total)
             if total <= 0.9 * options.memory * GB or len(stages) * len(chunks) == 1:

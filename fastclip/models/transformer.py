@@ -27,12 +27,14 @@ class Attention(nn.Module):
 
     recomputes: backward runs the LayerNorm in front of the product and the attention again instead of keeping what
     came out of them.
+    product: computes x @ weight.T + bias; see `fastclip.models.fp8`.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.recomputes = False
+        self.product: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -54,12 +56,12 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         if pool_rows is None:
-            qkv = _run(self.recomputes, lambda x: F.linear(norm(x), self.in_proj_weight, self.in_proj_bias), x)
+            qkv = _run(self.recomputes, lambda x: self.product(norm(x), self.in_proj_weight, self.in_proj_bias), x)
             return _run(self.recomputes, lambda qkv: self._attend(qkv, cu_seqlens, max_seqlen, causal), qkv)
         weight_q, weight_kv = self.in_proj_weight.split((width, 2 * width))
         bias_q, bias_kv = self.in_proj_bias.split((width, 2 * width))
-        q = F.linear(norm(_rows(x, pool_rows)), weight_q, bias_q).unflatten(-1, (self.heads, -1))
-        kv = _run(self.recomputes, lambda x: F.linear(norm(x), weight_kv, bias_kv), x)
+        q = self.product(norm(_rows(x, pool_rows)), weight_q, bias_q).unflatten(-1, (self.heads, -1))
+        kv = _run(self.recomputes, lambda x: self.product(norm(x), weight_kv, bias_kv), x)
         out = pooled_attention(q, kv.unflatten(-1, (2, self.heads, -1)), cu_seqlens, max_seqlen)
         return self.out_proj(out.flatten(-2))
 

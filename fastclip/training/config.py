@@ -69,6 +69,9 @@ class TrainConfig:
     """Pairs in one optimizer step, over all ranks: every pair sees all the others as negatives."""
     chunk_size: int = 0
     """Pairs a rank forwards at once (gradient caching: same gradient, less memory); 0 is all it has."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: LayerNorm, attention and activation (selective), or whole
+    blocks (full); same gradient."""
     steps: int = 1000
     """Optimizer steps of the run."""
     minutes: float = 0.0
@@ -134,6 +137,8 @@ class TrainConfig:
     """deepspeed (ZeRO), or torch alone with a plain all-reduce of the gradient."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the model's computation; master weights and the loss are fp32."""
+    fp8: bool = False
+    """Compute the blocks' products in fp8 (torchao; compute capability 8.9 or later)."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1 partitions the optimizer state, 2 the gradients too, 3 the weights too; 0 nothing."""
     reduction: Literal["auto", "coalesced", "boundary", "unmanaged"] = "auto"

@@ -55,7 +55,7 @@ NEEDLESS = {
     "ddp-static-graph": "there is no DDP",
     "no-set-device-rank": "a launcher sets the device",
     "debug": "",
-    "grad-checkpointing": "set --chunk-size instead",
+    "grad-checkpointing": "",
 }  # fmt: skip
 VALUELESS = {
     "dataset-resampled", "log-local", "use-bn-sync", "skip-scheduler", "save-most-recent", "pretrained-image",
@@ -123,6 +123,7 @@ def _choices(flags: Mapping[str, str], values: dict[str, Any]) -> list[str]:
     values["optimizer"] = optimizer if optimizer in ("adamw", "lamb", "lion", "muon") else "adamw"
     if optimizer != values["optimizer"]:
         notes.append(f"--opt {optimizer}: adamw")
+    values["recompute"] = "full" if "grad-checkpointing" in flags else "none"
     if "force-quick-gelu" in flags:
         values["model"] += "-quickgelu"
     pretrained = flags.get("pretrained", "")

@@ -1,8 +1,8 @@
 """What a run will need before it is started: memory of a rank, traffic and time of a step, from one GPU to thousands.
 
 Memory is counted, not fitted: weights, gradients and optimizer by the arithmetic of the ZeRO stage; the activations of
-a chunk are measured here on two small copies of the model, of one block and of two, and extended to its depth. Time is
-an alpha-beta model: a collective of W ranks takes alpha * hops + bytes / bandwidth.
+a chunk are measured here on two small copies of the model, of two blocks and of three, and extended to its depth. Time
+is an alpha-beta model: a collective of W ranks takes alpha * hops + bytes / bandwidth.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastclip.training.start import model_of
 
 BUCKET = 500_000_000  # figures, DeepSpeed's reduce_bucket_size
 STATES = {"adamw": 2, "lamb": 2, "stableadamw": 2, "lion": 1, "muon": 2}  # fp32 figures a parameter, at most
+DEPTHS = (2, 3)  # blocks of the two copies; the last block of a model differs from the others
 SAMPLES = (2, 4)  # pairs of the two measurements in a chunk
 
 
@@ -83,7 +84,7 @@ def memory(
     width = 4 if config.precision == "fp32" else 2
     row = 2 * 4 * model.embed_dim  # both towers' features of a pair
     features = row * (4 * local + 3 * config.global_batch)
-    activations = chunk_activations(model, config.precision, chunk, text_tokens)
+    activations = chunk_activations(model, config.precision, chunk, text_tokens, config.recompute)
     states = 4 * count * STATES[config.optimizer]
     if config.engine == "torch":
         # The reduction joins all gradients in a copy.
@@ -107,7 +108,9 @@ def parameters(model: CLIPConfig) -> int:
         return sum(p.numel() for p in create_model(model).parameters())
 
 
-def chunk_activations(model: CLIPConfig, precision: str, chunk: int, text_tokens: float | None = None) -> float:
+def chunk_activations(
+    model: CLIPConfig, precision: str, chunk: int, text_tokens: float | None = None, recompute: str = "none"
+) -> float:
     """Bytes alive at the peak of a chunk's forward and backward pass beside weights and gradients.
 
     Linear in the number of pairs and of blocks, so measured at two of each.
@@ -115,8 +118,8 @@ def chunk_activations(model: CLIPConfig, precision: str, chunk: int, text_tokens
     length = min(model.text.context_length, round(text_tokens or model.text.context_length))
     blocks = _blocks(model)
     peaks = {
-        (depth, pairs): _peak(_shallow(model, depth), precision, pairs, length)
-        for depth in ((1, 2) if blocks else (0,))
+        (depth, pairs): _peak(_shallow(model, depth), precision, pairs, length, recompute)
+        for depth in (DEPTHS if blocks else (0,))
         for pairs in SAMPLES
     }
 
@@ -126,7 +129,8 @@ def chunk_activations(model: CLIPConfig, precision: str, chunk: int, text_tokens
 
     if not blocks:
         return at(chunk, 0)
-    return at(chunk, 1) + (at(chunk, 2) - at(chunk, 1)) * (blocks - 1)
+    low, high = DEPTHS
+    return at(chunk, low) + (at(chunk, high) - at(chunk, low)) * (blocks - low)
 
 
 def _blocks(model: CLIPConfig) -> int:
@@ -142,7 +146,7 @@ def _shallow(model: CLIPConfig, depth: int) -> CLIPConfig:
 
 
 @cache
-def _peak(model: CLIPConfig, precision: str, pairs: int, length: int) -> int:
+def _peak(model: CLIPConfig, precision: str, pairs: int, length: int, recompute: str = "none") -> int:
     """Measured here, on the CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -151,6 +155,7 @@ def _peak(model: CLIPConfig, precision: str, pairs: int, length: int) -> int:
         image = torch.randn(pairs, 3, size, size)
         text = torch.zeros(pairs, model.text.context_length, dtype=torch.int64)
         text[:, : length - 1], text[:, length - 1] = 1, model.text.vocab_size - 1
+    clip.set_recompute(recompute)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
     clip, image = clip.to(dtype), image.to(dtype)
 
@@ -202,7 +207,7 @@ def step_time(config: TrainConfig, world_size: int, machine: Machine, is_ring: b
     count, width = parameters(model), 4 if config.precision == "fp32" else 2
     products = 2.0 * local * _products(model)
     # A forward, a backward twice as long, and the forwards that are done again.
-    passes = 3 + (chunks - 1) / chunks
+    passes = 3 + (chunks - 1) / chunks + (config.recompute == "full")
     loss = 3 * 2 * 2.0 * local * config.global_batch * model.embed_dim
     row = 2 * 4 * model.embed_dim
     moved = row * config.global_batch

@@ -21,6 +21,7 @@ from fastclip.data.shards import expand_shards
 from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, CLIPConfig, create_model, get_config
+from fastclip.models.fp8 import use_fp8
 from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
 from fastclip.training.deepspeed_config import resolve_deepspeed
@@ -120,6 +121,9 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         torch.manual_seed(config.seed)
         moved_from = resumed.folder if resumed and resumed.moved else None
         model = create_model(model_config, checkpoint=moved_from if resumed else config.init or None)
+        model.set_recompute(config.recompute)
+        if config.fp8:
+            _use_fp8(model, processes.device)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, conflicts, checkpoints, resumed)
 
 
@@ -195,6 +199,13 @@ def _check_loss(config: TrainConfig, device: torch.device) -> None:
     if config.loss_impl != "auto":
         features = torch.eye(2, device=device)
         contrastive_loss(features, features, torch.ones((), device=device), impl=config.loss_impl)
+
+
+def _use_fp8(model: CLIP, device: torch.device) -> None:
+    try:
+        use_fp8(model, device=device)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--fp8: {error}") from error
 
 
 def _writable(run: Path) -> Path:
