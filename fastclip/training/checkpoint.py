@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there: written aside, hashed, flushed to disk, renamed, and only then named latest.
 
 runs/x/latest                                   the name of the newest step folder
+runs/x/ema                                      a link to its ema/
 runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the sha256 of every file
                                  model.safetensors, open_clip_config.json, tokenizer.json: a model to use anywhere
                                  data.json      where the loader and the run stood
+                                 ema/           the moving average of the weights, a model like the one above
                                  state/         what the engine needs to go on, bit for bit
                                  optimizer.safetensors   the same of its optimizer by parameter name, for other layouts
 """
@@ -14,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -33,7 +35,7 @@ from fastclip.training.engine import Engine
 from fastclip.training.open_clip import read_checkpoint
 from fastclip.training.processes import Processes
 
-MANIFEST, DATA, STATE, MOMENTS = "manifest.json", "data.json", "state", "optimizer.safetensors"
+MANIFEST, DATA, STATE, MOMENTS, EMA = "manifest.json", "data.json", "state", "optimizer.safetensors", "ema"
 LAYOUT = ("engine", "world_size", "zero_stage")  # of `identity`: what a portable checkpoint may be taken up without
 _CHUNK = 1 << 22
 _WRITING, _DELETING = ".writing_", ".deleting_"
@@ -78,9 +80,17 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def save(self, step: int, engine: Engine, loader: dict[str, Any], progress: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        loader: dict[str, Any],
+        progress: dict[str, Any],
+        average: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Writes the folder of `step`, which is safe on disk when this returns, or in the background when `wait` does.
 
+        average: the first rank's moving average of the weights, if the run keeps one.
         Raises NotSaved on every rank if one cannot write, or could not the last time.
         """
         self.wait()
@@ -95,9 +105,10 @@ class Checkpoints:
             torch.save(_random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
         weights = engine.full_state_dict()
         moments = engine.optimizer_state() if self.is_portable else None
+        models = {"": weights} | ({EMA: {k: v.clone() for k, v in average.items()}} if average else {})
         data = json.dumps({"loader": loader, "progress": progress})
         if self.processes.is_first:
-            self._writing = self._writer.submit(self._complete, step, aside, final, weights, moments, data)
+            self._writing = self._writer.submit(self._complete, step, aside, final, models, moments, data)
         if not self.in_background:
             self.wait()
         return final
@@ -114,23 +125,27 @@ class Checkpoints:
         step: int,
         aside: Path,
         final: Path,
-        weights: dict[str, Tensor],
+        models: dict[str, dict[str, Tensor]],
         moments: dict[str, Tensor] | None,
         data: str,
     ) -> None:
         """The first rank's part, which needs no other rank any more."""
         from safetensors.torch import save_file
 
-        save_model(aside, weights, self.model)
+        for name, weights in models.items():
+            (aside / name).mkdir(exist_ok=True)
+            save_model(aside / name, weights, self.model)
+            self.tokenizer.save(aside / name / "tokenizer.json")
         if moments is not None:
             save_file(moments, aside / MOMENTS)
-        self.tokenizer.save(aside / "tokenizer.json")
         (aside / DATA).write_text(data)
         _write_manifest(aside, step, self.identity)
         _remove(final)
         aside.rename(final)
         _flush(final.parent)
         write_atomically(self.run / LATEST, f"{final.name}\n")
+        if EMA in models:
+            _link(self.run / EMA, final / EMA)
         # Of a run that went back to an earlier step the later folders stay, until it reaches them.
         for old in sorted(path for path in final.parent.glob("step_*") if path.name <= final.name)[: -self.keep]:
             _remove(old)
@@ -180,6 +195,13 @@ class Checkpoints:
                 moved.append(f"{key} {identity.get(key)} -> {value}")
         data = _read_json(folder / DATA)
         return Saved(folder, step, identity, data["loader"], data["progress"], ", ".join(moved))
+
+    def average(self, saved: Saved) -> dict[str, Tensor] | None:
+        """The moving average of the weights that `saved` holds, if it does."""
+        from safetensors.torch import load_file
+
+        path = saved.folder / EMA / WEIGHTS
+        return load_file(path) if path.is_file() else None
 
     def load(self, saved: Saved, engine: Engine) -> None:
         """Puts the engine and the random generators back where `saved` left them.
@@ -232,6 +254,14 @@ def write_atomically(path: Path, text: str) -> None:
     _flush(aside)
     aside.rename(path)
     _flush(path.parent)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Makes `path` a link to `target`, in place of the one that is there."""
+    aside = path.with_name(f".{path.name}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target.relative_to(path.parent))
+    aside.rename(path)
 
 
 def _write_manifest(folder: Path, step: int, identity: dict[str, Any]) -> None:

@@ -121,6 +121,10 @@ class TrainConfig:
     """Groups of a locked text tower that train nevertheless, from the last."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    ema: float = 0.0
+    """Decay a step of a moving average of the weights, 0.9999 say, kept in each checkpoint's ema/; 0: none."""
+    ema_every: int = 10
+    """Steps between two updates of that average: each gathers the weights."""
     contrastive_weight: float = 1.0
     """Of the contrastive loss in the sum of losses."""
     sigmoid_weight: float = 0.0
@@ -201,6 +205,7 @@ class TrainConfig:
             "lr": 0,
             "muon_lr": 0,
             "weight_decay": 0,
+            "ema_every": 1,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -208,6 +213,8 @@ class TrainConfig:
         for name in ("cooldown", "image_layer_decay", "text_layer_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} must be above 0 and at most 1, was {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be at least 0 and below 1, was {self.ema}")
         if not self.contrastive_weight + self.sigmoid_weight + self.distill_weight:
             raise UserError("the weights of all losses are 0, one must be above")
         if self.hard_negatives and self.sigmoid_weight:

@@ -17,6 +17,7 @@ from fastclip.data.loader import Batch
 from fastclip.grad_cache import GradCache
 from fastclip.losses import DistillClipLoss, contrastive_loss, sigmoid_loss
 from fastclip.models import CLIPConfig
+from fastclip.training.average import WeightAverage
 from fastclip.training.checkpoint import NotSaved
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
@@ -63,6 +64,10 @@ class Trainer:
             start.checkpoints.load(start.resumed, self.engine)
             self.step = self.saved_at = start.resumed.step
             self.skipped_steps, elapsed = (start.resumed.progress[key] for key in ("skipped_steps", "elapsed"))
+        self.average: WeightAverage | None = None
+        if self.config.ema:
+            begun = start.checkpoints.average(start.resumed) if start.resumed else None
+            self.average = WeightAverage(self.config.ema, self.config.ema_every, self.engine, processes, begun)
         self.loss = Loss(self.config, processes)
         self.grad_cache = build_grad_cache(self.config, start.model_config, self.engine, processes, self.loss)
         self.metrics: Metrics | None = None
@@ -100,6 +105,8 @@ class Trainer:
                 result = self.engine.step(factor)
                 self.step += 1
                 self.skipped_steps += result.skipped
+                if self.average:
+                    self.average.look(self.step)
                 self.quarantine.look(result.skipped)
                 # A step that only the scale of an fp16 loss was too large for says nothing of its samples.
                 if result.skipped and (config.precision != "fp16" or not loss.isfinite()):
@@ -189,7 +196,8 @@ class Trainer:
         progress = {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
         with self.clock.stopped():
             loader = self.start.loader.state_dict(self.step)
-            self.start.checkpoints.save(self.step, self.engine, loader, progress)
+            average = self.average.weights if self.average else None
+            self.start.checkpoints.save(self.step, self.engine, loader, progress, average)
         self.saved_at = self.step
 
 
