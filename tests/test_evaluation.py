@@ -197,6 +197,15 @@ def test_zero_shot_is_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
         multi_label(images, classifier, several[:, :10])
 
 
+@pytest.mark.parametrize("count", [3, 40])  # torch sorts long rows by another method than short ones
+def test_equal_images_stand_in_their_order(count: int) -> None:
+    images, classifier = torch.ones(count, 2), torch.ones(1, 2)
+    for place in range(count):
+        labels = torch.zeros(count, 1, dtype=torch.bool)
+        labels[place] = True
+        assert multi_label(images, classifier, labels)["average_precision"] == [1 / (place + 1)]
+
+
 def test_average_precision_by_hand() -> None:
     images, classifier = torch.tensor([[1.0], [1.0], [0.5], [0.2]]), torch.tensor([[1.0], [-1.0]])
     labels = torch.tensor([[0, 0], [1, 0], [0, 0], [1, 0]], dtype=torch.bool)
