@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contrastive_loss_helpers import run_on_ranks
 from torch import Tensor
-from training_helpers import ENGINES, Small, error, small, this_rank, whole_batch_sgd
+from training_helpers import ENGINES, Small, error, small, this_rank, whole_batch
 
 CHUNKS, RANKS, BOUND = 3, 2, 1e-6
 
@@ -68,7 +68,7 @@ def broken(made: Small, mutation: Mutation) -> Small:
 def errors() -> dict[str, float]:
     """Relative L2 of all weights after a step, by engine and mutation; "nothing" is the engine as it is."""
     processes, found = this_rank(), {}
-    truth, _ = whole_batch_sgd(1)
+    truth, _ = whole_batch(1)
     for kind, stage in ENGINES:
         for mutation in [None, *mutations()]:
             made = small(processes, kind, stage)

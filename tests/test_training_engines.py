@@ -9,7 +9,7 @@ import pytest
 import torch
 from contrastive_loss_helpers import run_on_ranks
 from torch import Tensor
-from training_helpers import ENGINES, Small, State, debug_model, error, small, this_rank, whole_batch_sgd
+from training_helpers import ENGINES, Small, State, debug_model, error, small, this_rank, whole_batch
 
 from fastclip.training.processes import Processes
 
@@ -46,7 +46,7 @@ def broken(made: Small, mutation: str) -> Small:
 
 def exactness() -> dict[str, Any]:
     processes = this_rank()
-    truth, norms = whole_batch_sgd(STEPS)
+    truth, norms = whole_batch(STEPS)
     found: dict[str, Any] = {"norms": norms}
 
     def error_of(made: Small) -> float:

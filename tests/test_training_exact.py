@@ -9,8 +9,9 @@ import itertools
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from contrastive_loss_helpers import run_on_ranks
-from training_helpers import State, error, small, this_rank, whole_batch_sgd
+from training_helpers import State, error, small, this_rank, whole_batch
 
 STEPS, TIMEOUT = 5, 500
 GLOBAL = {2: 28, 4: 28}  # ranks -> pairs; of 14 or 7 a rank, cut into chunks of
@@ -79,7 +80,7 @@ def worst_tensor(ours: State, truth: State) -> float:
 def errors_of(settings: list[Setting]) -> dict[str, tuple[float, float]]:
     processes, found = this_rank(), {}
     ranks = processes.world_size
-    truth, _ = whole_batch_sgd(STEPS, GLOBAL[ranks])
+    truth, _ = whole_batch(STEPS, GLOBAL[ranks])
     for setting in settings:
         made = small(
             processes,
@@ -95,6 +96,41 @@ def errors_of(settings: list[Setting]) -> dict[str, tuple[float, float]]:
         state = made.engine.full_state_dict()
         if processes.is_first:
             found[setting.label] = (error(state, truth), worst_tensor(state, truth))
+    return found
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{key: group[key] for key in ("params", "weight_decay")} for group in groups], lr=1e-3)
+
+
+def adamw_errors() -> dict[str, float]:
+    """Relative error of the weights behind AdamW, of chunks at each stage and of whole batches in another order."""
+    processes, found = this_rank(), {}
+    truth, _ = whole_batch(STEPS, GLOBAL[2], adamw)
+    control, _ = whole_batch(STEPS, GLOBAL[2], adamw, torch.float32, is_reordered=True)
+    for stage in (-1, 0, 1, 2, 3):
+        kind = "torch" if stage < 0 else "deepspeed"
+        made = small(processes, kind, max(0, stage), chunk_size=4, global_batch=GLOBAL[2], make_optimizer=adamw)
+        made.steps(STEPS)
+        state = made.engine.full_state_dict()
+        if processes.is_first:
+            found[f"{kind}{stage}"] = error(state, truth)
+    return found | {"control": error(control, truth)}
+
+
+def bf16_errors() -> dict[str, tuple[float, float]]:
+    """Relative error of the weights behind SGD in bf16: (in chunks, uncached)."""
+    processes, found = this_rank(), {}
+    truth, _ = whole_batch(STEPS, GLOBAL[2])
+    for stage in (-1, 0, 1, 2, 3):
+        kind = "torch" if stage < 0 else "deepspeed"
+        errors = []
+        for chunk in (4, GLOBAL[2] // 2):
+            made = small(processes, kind, max(0, stage), chunk_size=chunk, global_batch=GLOBAL[2], precision="bf16")
+            made.steps(STEPS)
+            state = made.engine.full_state_dict()
+            errors.append(error(state, truth) if processes.is_first else 0.0)
+        found[f"{kind}{stage}"] = (errors[0], errors[1])
     return found
 
 
@@ -116,6 +152,22 @@ def test_the_whole_matrix_on_two_ranks() -> None:
 @pytest.mark.long
 def test_a_sample_on_four_ranks() -> None:
     check(run_on_ranks(4, errors_of, FOUR_RANKS, timeout=TIMEOUT)[0], FOUR_RANKS)
+
+
+@pytest.mark.long
+def test_adamw_is_within_twice_a_reordering_of_its_sums() -> None:
+    found = run_on_ranks(2, adamw_errors, timeout=TIMEOUT)[0]
+    control = found.pop("control")
+    assert len(found) == 5
+    assert 0 < control < 1e-4
+    assert all(value <= 2 * control for value in found.values()), (found, control)
+
+
+@pytest.mark.long
+def test_bf16_is_within_twice_uncached_bf16() -> None:
+    found = run_on_ranks(2, bf16_errors, timeout=TIMEOUT)[0]
+    assert len(found) == 5
+    assert all(1e-5 < ours <= 2 * uncached for ours, uncached in found.values()), found
 
 
 if __name__ == "__main__":  # the table of docs/training.md

@@ -22,8 +22,9 @@ from fastclip.losses import contrastive_loss
 from fastclip.models import create_model, get_config
 from fastclip.training.config import TrainConfig
 from fastclip.training.deepspeed_config import resolve_deepspeed
-from fastclip.training.engine import Engine, StepResult, build_engine
+from fastclip.training.engine import Engine, MakeOptimizer, StepResult, build_engine
 from fastclip.training.loop import Loss, build_grad_cache
+from fastclip.training.optim import parameter_groups
 from fastclip.training.processes import Processes, start_processes
 
 MODEL, BATCH, CHUNK = "debug", 16, 3
@@ -61,12 +62,22 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.05)
 
 
-def whole_batch_sgd(steps: int, size: int = BATCH) -> tuple[State, list[float]]:
-    """Weights and gradient norms of autograd on whole batches in one process, in fp64."""
-    config, model = get_config(MODEL), debug_model().double()
-    optimizer, norms = sgd([{"params": list(model.parameters())}]), []
+def whole_batch(
+    steps: int,
+    size: int = BATCH,
+    make_optimizer: MakeOptimizer = sgd,
+    dtype: torch.dtype = torch.float64,
+    is_reordered: bool = False,
+) -> tuple[State, list[float]]:
+    """Weights and gradient norms of autograd on whole batches in one process.
+
+    is_reordered: the pairs of each batch stand in another order, which changes nothing but the rounding of sums.
+    """
+    config, model = get_config(MODEL), debug_model().to(dtype)
+    optimizer, norms = make_optimizer(parameter_groups(model, TrainConfig(model=MODEL))), []
     for image, text in global_batches(steps, size):
-        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float64)
+        order = torch.randperm(size) if is_reordered else torch.arange(size)
+        pixels, text = normalize_image(image[order], config.image_mean, config.image_std, dtype), text[order]
         optimizer.zero_grad()
         contrastive_loss(**model(pixels, text, output_dict=True)).backward()
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])))
@@ -105,10 +116,11 @@ def small(
     stage: int,
     zero: dict[str, Any] | None = None,
     weights: State | None = None,
+    make_optimizer: MakeOptimizer | None = sgd,
     **options: Any,
 ) -> Small:
     """The engine `kind` at `stage`, under plain SGD unless `options` name an optimizer; `zero` is DeepSpeed's JSON."""
-    make_optimizer = None if "optimizer" in options else sgd
+    make_optimizer = None if "optimizer" in options else make_optimizer
     config = TrainConfig(
         **{"engine": kind, "zero_stage": stage, "global_batch": BATCH, "chunk_size": CHUNK, "precision": "fp32"}
         | options
