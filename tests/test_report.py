@@ -57,6 +57,7 @@ def line(step: int, batch: int = 512, steps: int = 1000, noise: random.Random | 
         "elapsed": 0.33 * step,
         "skipped_steps": 0,
         "skipped_samples": {},
+        "source_samples": {},
     }
     return usual | values
 
@@ -311,6 +312,13 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
     assert "10 of 100 logged losses are not finite" in words
     assert "no caption 4 samples unreadable image 1,200 samples gradient not finite 3 steps" in words
     assert "nan" not in page.lower()
+
+
+def test_a_mixture_shows_its_sources(tmp_path: Path) -> None:
+    lines = [line(step, source_samples={"laion": 3 * step, "web <b>": step}) for step in range(1, 1001)]
+    words = words_of(page_of(make_run(tmp_path, lines=lines, texts=[])))
+    assert "Source Pairs seen Share laion 3,000 75.0 % web <b> 1,000 25.0 %" in words
+    assert "Data by source" not in words_of(page_of(make_run(tmp_path / "one", texts=[])))
 
 
 def test_a_run_whose_figures_were_never_finite(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import lines
+from training_helpers import lines, options, run, small_data
 
 from fastclip.training import progress
 from fastclip.training.config import TrainConfig
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 def line(step: int, **changed: Any) -> dict[str, Any]:
-    return dict.fromkeys(KEYS, 1.0) | {"step": step, "skipped_samples": {}} | changed
+    return dict.fromkeys(KEYS, 1.0) | {"step": step, "skipped_samples": {}, "source_samples": {}} | changed
 
 
 def test_a_resumed_log_goes_on_from_its_step(tmp_path: Path) -> None:
@@ -84,3 +84,21 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, minutes: float, 
 
 def test_skips_in_words() -> None:
     assert in_words({"unreadable_image": 2, "empty_caption": 1}) == "1 empty caption, 2 unreadable image"
+
+
+def test_a_mixture_is_counted_by_source_over_ranks_and_resumes(tmp_path: Path) -> None:
+    """Twice as many of the one as of the other, by upsampling; the counts go on where a run does, skips too."""
+    cut = {f"s{number}": {"txt": b"red circle on a table " * 30, "json": None} for number in range(64)}
+    one, two = (small_data(tmp_path / name, 64, **broken) for name, broken in (("one", {}), ("two", cut)))
+    mixture = f"{one / '*.tar'}::{two / '*.tar'}"
+    common: dict[str, Any] = {"upsampling": "2::1", "tokenizer": one / "tokenizer.json", "schedule": "constant"}
+    words = options(one, tmp_path / "run", **common | {"data": mixture, "steps": 6})
+    assert run("torchrun", words).returncode == 0
+    words = options(one, tmp_path / "run", **common | {"data": mixture, "steps": 12, "resume": "latest"})
+    assert run("torchrun", words).returncode == 0
+    for line in lines(tmp_path / "run"):
+        counts = list(line["source_samples"].values())
+        assert len(counts) == 2
+        assert sum(counts) == line["samples"]
+        assert line["skipped_samples"] == {"truncated_caption": counts[1]}
+    assert counts == [128, 64]  # a whole epoch

@@ -185,7 +185,10 @@ class Loader:
             yield batch
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps so that the run goes on with the batch of `step`, JSON-ready."""
+        """What a checkpoint keeps so that the run goes on with the batch of `step`, JSON-ready.
+
+        "skipped" and "seen" are this rank's; what loads them takes them for the sum over ranks.
+        """
         return {
             "step": step,
             "seed": self.seed,
@@ -204,7 +207,7 @@ class Loader:
         if state.get("fingerprint", self.fingerprint()) != self.fingerprint():
             raise ValueError("data: its shards, upsampling, resampling or window are not those of the checkpoint")
         self.skipped = Counter(state["skipped"] if self.rank == 0 else {})
-        self.seen = Counter(state.get("seen", {}))
+        self.seen = Counter(state.get("seen", {}) if self.rank == 0 else {})
         return state["step"]
 
     def __getitem__(self, step: int) -> Batch:

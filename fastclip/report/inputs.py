@@ -42,6 +42,7 @@ class Metrics:
 
     columns: dict[str, list[float]]
     skipped_samples: dict[str, int]
+    source_samples: dict[str, int]
 
     def finite(self, name: str) -> list[float]:
         return [value for value in self.columns[name] if math.isfinite(value)]
@@ -187,7 +188,8 @@ def _metrics(path: Path, notes: list[str]) -> Metrics:
     odd = sum(not math.isfinite(value) for value in columns["loss"])
     if odd:
         notes.append(f"{odd:,} of {len(lines):,} logged losses are not finite: the loss curve has gaps there.")
-    return Metrics(columns, _counts(lines[-1].get("skipped_samples")) if lines else {})
+    last = lines[-1] if lines else {}
+    return Metrics(columns, _counts(last.get("skipped_samples")), _counts(last.get("source_samples")))
 
 
 def _number(value: Any) -> float:

@@ -22,7 +22,7 @@ from fastclip.training.checkpoint import NotSaved
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
-from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, total_skips
+from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, over_ranks
 from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
@@ -86,14 +86,14 @@ class Trainer:
         config, loader, first = self.config, self.start.loader, self.step
         with closing(loader.batches(self.step)) as batches:
             while True:
-                skipped = Counter(loader.skipped)
+                skipped, seen = Counter(loader.skipped), Counter(loader.seen)
                 has_begun = self.step > first
                 self.watchdog.at(f"the batch of step {self.step + 1}", has_begun)
                 batch, mistake = self._next(batches)
                 elapsed, asked, failed = self.processes.agree(self.clock.elapsed(), request.value, mistake is not None)
                 progress = max(self.step / config.steps, elapsed / (60 * config.minutes) if config.minutes else 0.0)
                 if asked != GO_ON or progress >= 1:
-                    loader.skipped = skipped  # the last batch is not trained on
+                    loader.skipped, loader.seen = skipped, seen  # the last batch is not trained on
                     return int(asked)
                 if failed:
                     self.processes.raise_together(mistake)
@@ -134,7 +134,7 @@ class Trainer:
         self.watchdog.at("the end", is_limited=False)
         if asked == GO_ON:
             self.evaluation.run(self.step, final=True)
-        skipped = total_skips(self.start.loader.skipped, self.processes)
+        skipped = over_ranks(self.start.loader.skipped, self.processes)
         if self.metrics:
             from fastclip.report import write_report
 
@@ -163,7 +163,9 @@ class Trainer:
     def _log(self, epoch: int, loss: Tensor, factor: float, result: StepResult, elapsed: float) -> None:
         self.clock.steps += 1
         if self.step % self.config.log_every == 0:
-            skipped_samples = total_skips(self.start.loader.skipped, self.processes)
+            skipped_samples = over_ranks(self.start.loader.skipped, self.processes)
+            seen = self.start.loader.seen
+            source_samples = over_ranks(seen, self.processes) if len(self.start.loader.sources) > 1 else {}
             if self.metrics:
                 values = {
                     "step": self.step,
@@ -176,6 +178,7 @@ class Trainer:
                     "elapsed": elapsed,
                     "skipped_steps": self.skipped_steps,
                     "skipped_samples": skipped_samples,
+                    "source_samples": source_samples,
                     **self.clock.read(self.config.global_batch),
                 }
                 self.metrics.write({key: values[key] for key in KEYS})
@@ -196,6 +199,7 @@ class Trainer:
         progress = {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
         with self.clock.stopped():
             loader = self.start.loader.state_dict(self.step)
+            loader |= {name: over_ranks(Counter(loader[name]), self.processes) for name in ("skipped", "seen")}
             average = self.average.weights if self.average else None
             self.start.checkpoints.save(self.step, self.engine, loader, progress, average)
         self.saved_at = self.step

@@ -34,6 +34,7 @@ KEYS = (
     "elapsed",  # of training, over all resumes
     "skipped_steps",  # because of a gradient that was not finite
     "skipped_samples",  # by cause, so far
+    "source_samples",  # by source of a mixture, so far; of one source they are `samples`
 )
 
 
@@ -99,10 +100,10 @@ class Metrics:
         self._progress.close()
 
 
-def total_skips(skipped: Counter[str], processes: Processes) -> dict[str, int]:
-    """Skipped samples by cause, over all ranks; every rank must call it."""
+def over_ranks(counts: Counter[str], processes: Processes) -> dict[str, int]:
+    """The sum of all ranks' counts; every rank must call it."""
     total: Counter[str] = Counter()
-    for items in processes.gather(sorted(skipped.items())):
+    for items in processes.gather(sorted(counts.items())):
         total.update(dict(items))
     return dict(total)
 
