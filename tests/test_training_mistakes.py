@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import lines, options, small_data
+from contrastive_loss_helpers import run_on_ranks
+from training_helpers import lines, options, small_data, this_rank
 
+from fastclip.errors import UserError
 from fastclip.models import create_model, get_config
 from fastclip.models.checkpoint import save_model
 from fastclip.training.__main__ import main
+from fastclip.training.config import TrainConfig
+from fastclip.training.start import prepare
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +169,24 @@ def test_fp8_says_what_it_needs(data: Path, tmp_path: Path, capfd: pytest.Captur
     assert main([*options(data, tmp_path / "run"), "--fp8"]) == 2
     assert "--fp8: fp8 needs " in capfd.readouterr().err  # torchao, or a GPU
     assert not (tmp_path / "run").exists()
+
+
+def mistake_of_prepare(folders: list[str], out: str) -> str:
+    processes = this_rank()
+    config = TrainConfig(
+        data=folders[processes.rank], out=out, model="debug", engine="torch", global_batch=8, workers=0
+    )
+    try:
+        prepare(config, processes)
+    except UserError as mistake:
+        return str(mistake)
+    return ""
+
+
+def test_ranks_that_see_other_data_do_not_begin(data: Path, tmp_path: Path) -> None:
+    fewer = small_data(tmp_path / "fewer", count=40)
+    other_shards = small_data(tmp_path / "other", count=64, shards=2)
+    for folder, said in ((fewer, "rank 0 lists 64 pairs, rank 1 40,"), (other_shards, "rank 1 64, or in other shards")):
+        for message in run_on_ranks(2, mistake_of_prepare, [str(data), str(folder)], str(tmp_path / "out")):
+            assert said in message
+    assert run_on_ranks(2, mistake_of_prepare, [str(data)] * 2, str(tmp_path / "out")) == ["", ""]

@@ -124,6 +124,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         model.set_recompute(config.recompute)
         if config.fp8:
             _use_fp8(model, processes.device)
+    _check_same_data(loader, processes)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, conflicts, checkpoints, resumed)
 
 
@@ -199,6 +200,17 @@ def _check_loss(config: TrainConfig, device: torch.device) -> None:
     if config.loss_impl != "auto":
         features = torch.eye(2, device=device)
         contrastive_loss(features, features, torch.ones((), device=device), impl=config.loss_impl)
+
+
+def _check_same_data(loader: Loader, processes: Processes) -> None:
+    """Raises, on every rank, where ranks list other data: they would not meet at the same step."""
+    found = processes.gather((loader.fingerprint(), loader.num_samples))
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"--data is not the same everywhere: rank 0 lists {found[0][1]:,} pairs, rank {other} {found[other][1]:,}, "
+            "or in other shards: give all machines the same files"
+        )
 
 
 def _use_fp8(model: CLIP, device: torch.device) -> None:
