@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +69,29 @@ def test_the_time_of_a_step() -> None:
 
 def test_what_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "scaling.png"
-    words = ["plan", "--model", "debug", "--gpus", "4", "--global-batch", "4096", "--memory", "0.1"]
+    words = [
+        "plan",
+        "--model",
+        "debug",
+        "--gpus",
+        "4",
+        "--global-batch",
+        "4096",
+        "--memory",
+        "0.1",
+        "--core-rate",
+        "50",
+    ]
     assert main([*words, "--plot", str(picture)]) == 0
     said = capfd.readouterr().out
     assert said.startswith("debug, 4 GPUs, global batch 4096 = 4 x ")
     assert "memory of a GPU at its peak: 0.1 GB of 0.1" in said
     assert "features gathered" in said
     assert "features round a ring" in said
+    rate, cores = re.search(
+        r"data: (\d+) pairs/s a GPU take (\d+) CPU cores at 50 pairs/s", said.replace(",", "")
+    ).groups()  # type: ignore[union-attr]
+    assert 50 * int(cores) - 50 <= int(rate) <= 50 * int(cores)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert main(["plan", "--model", "debug", "--gpus", "3", "--global-batch", "64"]) == 2
     assert "--global-batch must be a multiple of --gpus, was 64 of 3" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,8 @@ class Plan:
     """Between nodes, 10^9 bytes a second and GPU."""
     latency: float = 10.0
     """Of a hop, microseconds."""
+    core_rate: float = 60.0
+    """Pairs a second that a CPU core turns from JPEGs into batches: fastclip data bench measures yours."""
     plot: Annotated[str, optional("FILE", "none")] = ""
     """Draw throughput over the number of GPUs, at this batch a GPU, into a picture."""
 
@@ -91,6 +94,9 @@ def main(arguments: Sequence[str]) -> int:
         )
         how = "features round a ring" if is_ring else "features gathered"
         print(f"step, {how}: {1e3 * spent.total:.0f} ms ({parts}), {config.global_batch / spent.total:,.0f} pairs/s")
+    rate = config.global_batch / step_time(config, options.gpus, machine).total / options.gpus
+    cores = math.ceil(rate / options.core_rate)
+    print(f"data: {rate:,.0f} pairs/s a GPU take {cores:,} CPU cores at {options.core_rate:g} pairs/s")
     if options.plot:
         from fastclip.training.plan_plot import draw
 
@@ -104,6 +110,8 @@ def _fitting(options: Plan) -> TrainConfig:
     from fastclip.training.plan import memory
     from fastclip.training.recipes import get_recipe
 
+    if options.core_rate <= 0:
+        raise UserError(f"--core-rate must be above 0, was {options.core_rate:g}")
     if options.gpus < 1 or options.global_batch % options.gpus:
         raise UserError(f"--global-batch must be a multiple of --gpus, was {options.global_batch} of {options.gpus}")
     base = get_recipe(options.recipe) if options.recipe else TrainConfig()
