@@ -31,7 +31,11 @@ class WeightAverage:
     ) -> None:
         self._decay, self._every = decay**every, every
         self._engine, self._is_first = engine, processes.is_first
-        self.weights = dict(weights) if weights and processes.is_first else None
+        self.restart(weights)
+
+    def restart(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Goes on from `weights`."""
+        self.weights = dict(weights) if weights and self._is_first else None
 
     def look(self, step: int) -> None:
         """Takes in the weights behind `step`, where it is one of every k; called on every rank."""

@@ -153,6 +153,9 @@ class TrainConfig:
 
     max_skipped: int = 50
     """Steps in a row that may be skipped for a gradient that is not finite; one more ends the run."""
+    spike: float = 0.0
+    """A loss of more than this many times its median over 100 steps takes the run's weights and optimizer back to the
+    last checkpoint, and on with the data behind the spike; 0: none does."""
     hang_timeout: float = 40.0
     """Seconds after which a rank that gives no sign of life, or stands still within a step, ends the run; 0: never."""
 
@@ -213,6 +216,8 @@ class TrainConfig:
         for name in ("cooldown", "image_layer_decay", "text_layer_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} must be above 0 and at most 1, was {getattr(self, name)}")
+        if self.spike and self.spike <= 1:
+            raise UserError(f"spike must be 0 or above 1, was {self.spike}")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be at least 0 and below 1, was {self.ema}")
         if not self.contrastive_weight + self.sigmoid_weight + self.distill_weight:

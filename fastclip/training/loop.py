@@ -18,7 +18,7 @@ from fastclip.grad_cache import GradCache
 from fastclip.losses import DistillClipLoss, contrastive_loss, sigmoid_loss
 from fastclip.models import CLIPConfig
 from fastclip.training.average import WeightAverage
-from fastclip.training.checkpoint import NotSaved
+from fastclip.training.checkpoint import NotSaved, find_checkpoint
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
@@ -27,6 +27,7 @@ from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end
+from fastclip.training.spikes import Spikes
 from fastclip.training.start import TEACHER, Start, prepare
 from fastclip.training.watchdog import Watchdog, watched
 
@@ -80,6 +81,7 @@ class Trainer:
         )
         self.clock = Clock(elapsed)
         self.quarantine = Quarantine(start.run, processes, self.config.max_skipped)
+        self.spikes = Spikes(self.config.spike) if self.config.spike else None
 
     def run(self, request: Request) -> int:
         """Steps until the run is done, or until some rank has been asked to end; returns what was asked for."""
@@ -112,6 +114,8 @@ class Trainer:
                 if result.skipped and (config.precision != "fp16" or not loss.isfinite()):
                     is_finite = bool(self.loss.is_finite)
                     self.quarantine.record(self.step, float(loss), result.grad_norm, batch["keys"], is_finite)
+                if self.spikes and self.processes.agree(self.spikes.look(float(loss)))[0]:
+                    self._roll_back(float(loss), result.grad_norm, batch["keys"])
                 self._log(batch["epoch"], loss, factor, result, elapsed)
                 if self.quarantine.is_full:
                     self._save()
@@ -159,6 +163,20 @@ class Trainer:
             return {}, mistake
         finally:
             self.clock.waited += time.perf_counter() - waiting
+
+    def _roll_back(self, loss: float, grad_norm: float, keys: list[str]) -> None:
+        """Weights and optimizer of the last checkpoint; the data and the schedule go on behind the spike."""
+        self.quarantine.record(self.step, loss, grad_norm, keys, is_finite=True)
+        self.start.checkpoints.wait()
+        folder = find_checkpoint("latest", self.start.run)
+        if folder is not None:
+            saved = self.start.checkpoints.check(folder)
+            self.start.checkpoints.load(saved, self.engine)
+            if self.average:
+                self.average.restart(self.start.checkpoints.average(saved))
+        if self.processes.is_first:
+            done = f"back to the weights of {folder.name}" if folder else "no checkpoint to go back to"
+            print(f"\nstep {self.step}: loss {loss:.4g} is a spike; {done}", flush=True)
 
     def _log(self, epoch: int, loss: Tensor, factor: float, result: StepResult, elapsed: float) -> None:
         self.clock.steps += 1

@@ -1,4 +1,5 @@
-"""Steps that were skipped because something in them was not finite: whose samples they were, and how many in a row."""
+"""Steps that were skipped because something in them was not finite, or whose loss was a spike: whose samples they were,
+and how many were skipped in a row."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Quarantine:
         self.in_a_row = self.in_a_row + 1 if is_skipped else 0
 
     def record(self, step: int, loss: float, grad_norm: float, keys: list[str], is_finite: bool) -> None:
-        """After a skipped step; is_finite: this rank's own features were."""
+        """After such a step; is_finite: this rank's own features were."""
         found = self.processes.gather((is_finite, keys))
         if not self.processes.is_first:
             return
