@@ -12,7 +12,7 @@ import torch
 from peers import open_clip_module
 from PIL import Image
 
-from fastclip.data.augment import ColorAugment, adjusted
+from fastclip.data.augment import ColorAugment, RandomErase, adjusted
 from fastclip.data.decode import decode_image
 from fastclip.data.files import synthetic_jpeg
 from fastclip.data.streams import Stream
@@ -177,6 +177,35 @@ def test_color_is_drawn_as_often_as_asked() -> None:
         ColorAugment(gray_prob=2)
     with pytest.raises(ValueError, match=r"hue at most 0.5"):
         ColorAugment((0, 0, 0, 0.6))
+
+
+def test_rectangles_of_noise_are_put_in_as_often_as_asked() -> None:
+    pixels = np.full((3, 64, 48), 255, np.uint8)
+    erase = RandomErase(0.6, 2, (0.2, 0.4, 0.6), (0.1, 0.2, 0.05))
+    found = [erase(pixels, Stream("erase", n)) for n in range(400)]
+    changed = [(image != pixels).any(0) for image in found if image is not pixels]
+    assert abs(len(changed) - 0.6 * 400) < 40
+    assert all(0.01 < spots.mean() < 0.4 for spots in changed)
+    tops = [np.flatnonzero(spots.any(1)).min() for spots in changed]
+    assert min(tops) == 0
+    assert max(tops) > 40
+    noise = np.concatenate(
+        [image[:, spots] for image, spots in zip((i for i in found if i is not pixels), changed, strict=True)], 1
+    )
+    np.testing.assert_allclose(noise.mean(1) / 255, (0.2, 0.4, 0.6), atol=0.01)
+    np.testing.assert_allclose(noise.std(1) / 255, (0.1, 0.2, 0.05), atol=0.02)
+    assert np.array_equal(found[7], erase(pixels, Stream("erase", 7)))
+    assert (pixels == 255).all()
+    plain = Stream("erase", 1)
+    state = plain.state
+    assert RandomErase()(pixels, plain) is pixels
+    assert plain.state == state
+    for changes, message in (
+        ({"prob": 2.0}, r"erase_prob: must be in \[0, 1\], was 2"),
+        ({"count": 0}, "erase_count: must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RandomErase(**changes)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (640, 480), (1500, 1000), (90, 130)])

@@ -56,7 +56,7 @@ class Plan:
     """Between nodes, 10^9 bytes a second and GPU."""
     latency: float = 10.0
     """Of a hop, microseconds."""
-    core_rate: float = 60.0
+    core_rate: float = 750.0
     """Pairs a second that a CPU core turns from JPEGs into batches: fastclip data bench measures yours."""
     plot: Annotated[str, optional("FILE", "none")] = ""
     """Draw throughput over the number of GPUs, at this batch a GPU, into a picture."""

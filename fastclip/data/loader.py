@@ -90,7 +90,9 @@ class Loader:
         self._reader = BatchReader(
             [source.reader for source in self.sources],
             tokenizer,
-            TrainTransform(image_size, options.crop_scale, options.crop_ratio, options.color, options.fast_decode),
+            TrainTransform(
+                image_size, options.crop_scale, options.crop_ratio, options.color, options.erase, options.fast_decode
+            ),
             CaptionChoice(options.text_keys),
             seed,
         )

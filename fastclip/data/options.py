@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fastclip.data.augment import ColorAugment
+from fastclip.data.augment import ColorAugment, RandomErase
 from fastclip.data.captions import CaptionChoice
 from fastclip.data.fetch import Fetcher
 from fastclip.data.order import WINDOW
@@ -31,6 +31,8 @@ class DataOptions:
     """Range of the crop's aspect ratio, width over height."""
     color: ColorAugment = field(default_factory=ColorAugment)
     """Colour augmentation."""
+    erase: RandomErase = field(default_factory=RandomErase)
+    """Random erasing."""
     fast_decode: bool = False
     """Decode JPEGs at a reduced scale and resize with SIMD: faster, some values off by one or two of 255."""
     arrays: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastclip.data.augment import ColorAugment
+from fastclip.data.augment import ColorAugment, RandomErase
 from fastclip.data.decode import BrokenImage, decode_image, jpeg_size, reduced_jpeg
 from fastclip.data.faults import BrokenSample
 from fastclip.data.streams import Stream
@@ -135,6 +135,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = RATIO
     color: ColorAugment = field(default_factory=ColorAugment)
+    erase: RandomErase = field(default_factory=RandomErase)
     fast: bool = False
 
     def __call__(self, data: bytes, stream: Stream) -> np.ndarray:
@@ -145,7 +146,7 @@ class TrainTransform:
                 pixels = train_pixels(decode_image(data), self.size, self.scale, stream, self.ratio)
         except BrokenImage as error:
             raise BrokenSample(error.cause, error) from error
-        return self.color(pixels, stream)
+        return self.erase(self.color(pixels, stream), stream)
 
     def _fast(self, data: bytes, stream: Stream) -> np.ndarray | None:
         """Like `train_pixels`; None where this is no JPEG, or has no crop to draw. Draws nothing then."""

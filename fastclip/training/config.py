@@ -25,6 +25,8 @@ class TrainConfig:
     """A tokenizers JSON or a model name; default: tokenizer.json beside the data if there is one, else CLIP's BPE."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Range of the share of an image that the training crop keeps."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the training crop's width over its height."""
     hard_negatives: bool = False
     """Beside each caption one with two words exchanged, or one replaced, as a further negative (NegCLIP, 2023)."""
     upsampling: str = ""
@@ -45,6 +47,10 @@ class TrainConfig:
     """Share of images whose colours are jittered."""
     gray_scale_prob: float = 0.0
     """Share of images that become grey."""
+    erase_prob: float = 0.0
+    """Share of images that rectangles of noise are put into (random erasing, Zhong et al. 2020; --aug-cfg re_prob)."""
+    erase_count: int = 1
+    """The most rectangles in one of them."""
     strict: bool = False
     """The first sample that cannot be used ends the run."""
     max_broken: float = 0.5

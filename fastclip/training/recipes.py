@@ -131,6 +131,13 @@ def clipa_tune() -> TrainConfig:
     return replace(clipa(), image_size=224, global_batch=8192, steps=131_072_000 // 8192, lr=2.56e-5, warmup=3072)
 
 
+def distill() -> TrainConfig:
+    """A ViT-B/32 beside a teacher, as open_clip's `--distill-model` trains it (its DistillClipLoss): the contrastive
+    loss and the cross-entropy with the teacher's similarities, of equal weight. The teacher's features lie beside the
+    samples (docs/how_tos/distillation.md); --distill-scale is its scale, 100 for OpenAI's and open_clip's models."""
+    return replace(openclip_laion(), distill_weight=1.0, distill_scale=100.0)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
     "clip": clip,
@@ -141,6 +148,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "flip_unmasked": flip_unmasked,
     "clipa": clipa,
     "clipa_tune": clipa_tune,
+    "distill": distill,
 }
 
 

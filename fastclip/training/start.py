@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastclip.data import Loader, Tokenizer, get_tokenizer
-from fastclip.data.augment import ColorAugment
+from fastclip.data.augment import ColorAugment, RandomErase
 from fastclip.data.options import DataOptions
 from fastclip.data.scan import IMAGE_SUFFIXES
 from fastclip.data.shards import expand_shards
@@ -93,7 +93,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             seed=config.seed,
             workers=config.workers,
             hard_negatives=config.hard_negatives,
-            options=_data_options(config),
+            options=_data_options(config, model_config),
         )
         for package in ["tensorboard"] * config.tensorboard + ["wandb"] * bool(config.wandb):
             if find_spec(package) is None:
@@ -162,7 +162,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
 
 
-def _data_options(config: TrainConfig) -> DataOptions:
+def _data_options(config: TrainConfig, model: CLIPConfig) -> DataOptions:
     try:
         upsampling = tuple(float(factor) for factor in config.upsampling.split("::") if factor)
     except ValueError:
@@ -175,6 +175,8 @@ def _data_options(config: TrainConfig) -> DataOptions:
         caption_key=config.caption_key,
         crop_scale=config.crop_scale,
         color=ColorAugment(config.color_jitter, config.color_jitter_prob, config.gray_scale_prob),
+        crop_ratio=config.crop_ratio,
+        erase=RandomErase(config.erase_prob, config.erase_count, model.image_mean, model.image_std),
         fast_decode=config.fast_decode,
         strict=config.strict,
         max_broken=config.max_broken,
