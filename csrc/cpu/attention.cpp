@@ -16,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 namespace fastclip {
 namespace {
@@ -38,13 +38,6 @@ FASTCLIP_INLINE void load_rows(float* out, const scalar_t* first, int64_t n, int
 template <typename scalar_t>
 FASTCLIP_INLINE void store_rows(scalar_t* first, const float* in, int64_t n, int64_t stride, const Shape& s) {
   for (int64_t i = 0; i < n; ++i) narrow(first + i * stride, in + i * s.dim_pad, s.dim);
-}
-
-FASTCLIP_INLINE void transpose(float* out, const float* in, int64_t n, int64_t width, int64_t dim_pad) {
-  for (int64_t d = 0; d < dim_pad; ++d) {
-    for (int64_t i = 0; i < n; ++i) out[d * width + i] = in[i * dim_pad + d];
-    for (int64_t i = n; i < width; ++i) out[d * width + i] = 0.f;
-  }
 }
 
 // p (m, width) = softmax(scale * q k^T): zero right of the diagonal when causal, and in the padding.
@@ -93,7 +86,7 @@ FASTCLIP_INLINE void head_forward(const Head<scalar_t>& x, float* scratch, const
   load_rows(q, x.q, x.m, x.q_stride, s);
   load_rows(k, x.k, x.n, x.kv_stride, s);
   load_rows(v, x.v, x.n, x.kv_stride, s);
-  transpose(kt, k, x.n, width, s.dim_pad);
+  transpose_blocks(kt, width, k, s.dim_pad, x.n, s.dim_pad, width);
   probabilities(p, q, kt, x.m, x.n, width, s);
   gemm(q, s.dim_pad, p, width, 1, v, s.dim_pad, x.m, s.dim_pad, x.n);
   store_rows(x.out, q, x.m, x.out_stride, s);
@@ -109,8 +102,8 @@ FASTCLIP_INLINE void head_backward(const Head<scalar_t>& x, const Head<scalar_t>
   load_rows(k, x.k, x.n, x.kv_stride, s);
   load_rows(v, x.v, x.n, x.kv_stride, s);
   load_rows(dout, x.out, x.m, x.out_stride, s);
-  transpose(kt, k, x.n, width, s.dim_pad);
-  transpose(vt, v, x.n, width, s.dim_pad);
+  transpose_blocks(kt, width, k, s.dim_pad, x.n, s.dim_pad, width);
+  transpose_blocks(vt, width, v, s.dim_pad, x.n, s.dim_pad, width);
   probabilities(p, q, kt, x.m, x.n, width, s);
   gemm(ds, width, dout, s.dim_pad, 1, vt, width, x.m, width, s.dim_pad);  // dP = dO V^T
   probabilities_backward(ds, p, x.m, width, s);

@@ -146,7 +146,8 @@ FASTCLIP_INLINE void gemm(float* c, int64_t ldc, const float* a, int64_t a_row, 
                           int64_t k) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4) gemm_rows<4>(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k);
-  for (; i < m; ++i) gemm_rows<1>(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k);
+  for (; i + 2 <= m; i += 2) gemm_rows<2>(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k);
+  if (i < m) gemm_rows<1>(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k);
 }
 
 }  // namespace fastclip

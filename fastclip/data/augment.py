@@ -96,7 +96,7 @@ class RandomErase:
             return pixels
         pixels, count = pixels.copy(), 1 + stream.below(self.count)
         for _ in range(count):
-            box = self._box(*pixels.shape[1:], count, stream)
+            box = self._box(pixels.shape[1], pixels.shape[2], count, stream)
             if box is not None:
                 top, left, height, width = box
                 pixels[:, top : top + height, left : left + width] = self._noise(height, width, stream)
