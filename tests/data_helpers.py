@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from PIL import Image
 from fastclip.data import Tokenizer, train_tokenizer, write_shard
 
 WORDS = ("red", "green", "blue", "circle", "square", "on", "a", "table")
+
+
+def examples(count: int) -> int:
+    """How many examples a property is tried on; tests/fuzz_data.py asks for more."""
+    return count * int(os.environ.get("TIMES_THE_EXAMPLES", "1"))
 
 
 def image_file(number: int, size: tuple[int, int] = (8, 8), mode: str = "RGB", form: str = "PNG") -> bytes:

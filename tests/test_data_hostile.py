@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import add, image_file, sample, small_tokenizer, write_samples
+from data_helpers import add, examples, image_file, sample, small_tokenizer, write_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -228,7 +228,7 @@ def test_one_unreadable_shard_is_counted_and_all_of_them_are_an_error(tmp_path: 
 damage = st.lists(st.tuples(st.integers(0, 12 * 1024), st.binary(min_size=1, max_size=16)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damage, cut=st.integers(0, 30_000), tail=st.sampled_from(["", "again", "noise"]))
 def test_no_damage_hangs_or_crashes_the_scan(
     tmp_path: Path, damage: list[tuple[int, bytes]], cut: int, tail: str
@@ -248,7 +248,7 @@ def test_no_damage_hangs_or_crashes_the_scan(
         assert set(scan.skipped) & {"truncated_shard", "damaged_shard", "unreadable_shard", "missing_image"}
 
 
-@settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=1500))
 def test_any_bytes_are_scanned(tmp_path: Path, content: bytes) -> None:
     assert len(scan_shard(str(write(tmp_path / "any.tar", content)))) == 0
@@ -380,7 +380,7 @@ def test_stored_arrays_are_never_pickles(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(
         st.sampled_from(["good", "half", "link", "huge", "zeros", "noise", "climb", "long", "empty", "bomb"]),

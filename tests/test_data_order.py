@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import image_file, small_tokenizer
+from data_helpers import examples, image_file, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ def all_of(counts: list[int]) -> list[tuple[int, int]]:
     return [(shard, number) for shard, count in enumerate(counts) for number in range(count)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(counts=COUNTS, window=st.integers(1, 40), seed=st.integers(0, 3), epoch=st.integers(0, 3))
 def test_an_epoch_is_every_sample_once(counts: list[int], window: int, seed: int, epoch: int) -> None:
     order = Order(np.array(counts), seed, window=window)
@@ -41,7 +41,7 @@ def test_an_epoch_is_every_sample_once(counts: list[int], window: int, seed: int
     assert sorted(pairs(order, epoch)) == all_of(counts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(counts=COUNTS, window=st.integers(1, 40), data=st.data())
 def test_a_position_has_its_sample_in_any_company(counts: list[int], window: int, data: st.DataObject) -> None:
     order = Order(np.array(counts), 0, window=window)
@@ -67,7 +67,7 @@ def test_windows_mix_the_shards_they_hold_and_no_others() -> None:
     assert pairs(order, 0) != pairs(order, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     counts=COUNTS, factors=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.4]), min_size=8), window=st.integers(1, 90)
 )
@@ -187,20 +187,20 @@ def check_run(folder: Path, tokenizer: Tokenizer, run: dict[str, Any]) -> None:
     assert len(json.dumps(state)) < 4096
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=RELAXED)
 @given(run=runs())
 def test_any_run_is_exact_and_resumes(tmp_path: Path, tokenizer: Tokenizer, run: dict[str, Any]) -> None:
     check_run(tmp_path, tokenizer, run)
 
 
 @pytest.mark.long
-@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
 @given(run=runs())
 def test_many_runs_are_exact_and_resume(tmp_path: Path, tokenizer: Tokenizer, run: dict[str, Any]) -> None:
     check_run(tmp_path, tokenizer, run)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=RELAXED)
 @given(
     counts=COUNTS.filter(lambda counts: sum(counts) >= 8),
     broken=st.frozensets(st.integers(0, 60), max_size=4),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import WORDS, small_tokenizer
+from data_helpers import WORDS, examples, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import open_clip_module
@@ -55,7 +55,7 @@ def test_words_it_was_trained_on_are_one_token_each(small: Tokenizer) -> None:
     assert small.encode("Red,  GREEN") == small.encode("red") + small.encode(",") + small.encode("green")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_ends_with_the_largest_id_once(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     tokenizer = small_tokenizer(tmp_path_factory.getbasetemp())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import open_clip_module
@@ -68,7 +69,7 @@ def test_hard_text(ours: Tokenizer, theirs: Any, text: str) -> None:
     assert_same(ours, theirs, text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(parts=words, glue=st.sampled_from(["", " "]))
 def test_any_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> None:
     text = glue.join(parts)
@@ -77,7 +78,7 @@ def test_any_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> 
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(parts=words, glue=st.sampled_from(["", " "]))
 def test_much_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> None:
     text = glue.join(parts)
