@@ -23,6 +23,7 @@ from fastclip.training.config import TrainConfig
 from fastclip.training.start import model_of
 
 BUCKET = 500_000_000  # figures, DeepSpeed's reduce_bucket_size
+LIVE = 1_000_000_000  # figures, its stage3_max_live_parameters
 STATES = {"adamw": 2, "lamb": 2, "stableadamw": 2, "lion": 1, "muon": 2}  # fp32 figures a parameter, at most
 DEPTHS = (2, 3)  # blocks of the two copies; the last block of a model differs from the others
 SAMPLES = (2, 4)  # pairs of the two measurements in a chunk
@@ -63,10 +64,12 @@ class Memory:
     buffers: float  # of the reduction
     activations: float  # of a chunk
     features: float  # of all ranks, and their gradients
+    late: float  # of the gradients, what comes in the place of activations: all of a single chunk's
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + max(self.buffers, self.activations + self.features)
+        kept = self.weights + self.gradients - self.late + self.optimizer
+        return kept + max(self.late + self.buffers, self.activations + self.features)
 
 
 def memory(
@@ -86,19 +89,24 @@ def memory(
     features = row * (4 * local + 3 * config.global_batch)
     activations = chunk_activations(model, config.precision, chunk, text_tokens, config.recompute)
     states = 4 * count * STATES[config.optimizer]
+    is_single = chunk == local
     if config.engine == "torch":
         # The reduction joins all gradients in a copy.
-        flat = 8 * count if world_size > 1 else 0.0
-        return Memory(4 * count, 4 * count, states, flat, activations, features)
+        flat, late = 8 * count if world_size > 1 else 0.0, 4 * count * is_single
+        return Memory(4 * count, 4 * count, states, flat, activations, features, late)
     share = 1 / world_size
     master = 0.0 if width == 4 and config.zero_stage == 0 else 4 * count
-    bucket = width * min(BUCKET, count)
+    whole, bucket = width * count, width * min(BUCKET, count)
     if config.zero_stage == 0:
-        return Memory(width * count + master, width * count, states, bucket, activations, features)
+        return Memory(whole + master, whole, states, bucket, activations, features, whole * is_single)
+    part = whole * share
     is_whole = config.reduction != "boundary" or config.zero_stage == 1
-    gradients = width * count * (1 if is_whole else share) + width * count * share
-    weights = width * count * (share if config.zero_stage == 3 else 1)
-    return Memory(weights + master * share, gradients, states * share, 2 * bucket, activations, features)
+    gradients = whole if is_whole else bucket + part
+    weights = whole
+    if config.zero_stage == 3:  # its own part of both, the weights that it has gathered, and a bucket that it keeps
+        gradients, weights = gradients + (part + bucket) * is_whole, part + width * min(LIVE, count)
+    late = whole * (is_single and is_whole)
+    return Memory(weights + master * share, gradients, states * share, 2 * part, activations, features, late)
 
 
 @cache
