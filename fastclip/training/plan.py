@@ -64,7 +64,7 @@ class Memory:
     buffers: float  # of the reduction
     activations: float  # of a chunk
     features: float  # of all ranks, and their gradients
-    late: float  # of the gradients, what comes in the place of activations: all of a single chunk's
+    late: float  # of the gradients, what comes in the place of activations: all of a single chunk's, or a bucket
 
     @property
     def total(self) -> float:
@@ -105,7 +105,7 @@ def memory(
     weights = whole
     if config.zero_stage == 3:  # its own part of both, the weights that it has gathered, and a bucket that it keeps
         gradients, weights = gradients + (part + bucket) * is_whole, part + width * min(LIVE, count)
-    late = whole * (is_single and is_whole)
+    late = whole * is_single if is_whole else bucket
     return Memory(weights + master * share, gradients, states * share, 2 * part, activations, features, late)
 
 
