@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,6 +55,15 @@ def test_python_blocks_run(document: Path, folder: Path) -> None:
     for block in blocks(document, "python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_the_notebook_runs(folder: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "64 of 64 images find their sentence" in done.stdout
+    assert not any(cell.get("outputs") for cell in notebook["cells"]), "its outputs are those of whoever runs it"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
