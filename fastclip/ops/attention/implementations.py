@@ -7,9 +7,9 @@ import torch
 from fastclip.ops import _dispatch, _extension
 
 IMPLS = ("reference", "sdpa", "cpu", "triton", "xformers", "flash_attn")
-# On the CPU (2 cores), tokens up to which "auto" takes the C++ kernel: in bf16 and on packed sequences it beats SDPA. On
-# dense ones in fp32 SDPA is 3 to 15 % faster (benchmarks/results/cpu.csv), but with it engines agreed behind AdamW to
-# 1.06e-5 only, which must be 1e-5. CUDA is not measured: there "auto" stays with SDPA, and the others are taken by name.
+# On the CPU (2 cores), tokens up to which "auto" takes the C++ kernel: in bf16 and on packed sequences it beats SDPA.
+# On dense ones in fp32 SDPA is 3 to 15 % faster (benchmarks/results/cpu.csv), but with it engines agreed behind AdamW
+# to 1.06e-5 only, which must be 1e-5. CUDA is not measured: "auto" stays with SDPA, others are taken by name.
 SHORT = 256
 LARGEST_HEAD = {"triton": 128, "flash_attn": 256, "xformers": 256}
 TAKES = {
