@@ -169,3 +169,5 @@ def test_says_why_it_cannot_run() -> None:
         attention(torch.randn(1, 4, 3, 1, 8, dtype=torch.float64), impl="cpu")
     assert [v.impl for v in explain("cpu", torch.bfloat16, 50) if v.chosen] == ["cpu"]
     assert [v.impl for v in explain("cpu", torch.bfloat16, 577) if v.chosen] == ["sdpa"]
+    assert [v.impl for v in explain("cpu", torch.float32, 50) if v.chosen] == ["sdpa"]
+    assert [v.impl for v in explain("cpu", torch.float32, 50, is_packed=True) if v.chosen] == ["cpu"]

@@ -32,7 +32,8 @@ def test_doctor_says_what_is_chosen_and_why(run: Run) -> None:
     for entry in report["ops"]:
         explain = import_module(f"fastclip.ops.{entry['op']}").explain
         size = [] if entry["size"] is None else [entry["size"]]
-        verdicts = explain(entry["device"], getattr(torch, entry["dtype"]), *size)
+        packed = {"is_packed": True} if "packed" in entry["case"] else {}
+        verdicts = explain(entry["device"], getattr(torch, entry["dtype"]), *size, **packed)
         assert entry["verdicts"] == [verdict._asdict() for verdict in verdicts]
         for verdict in verdicts:
             if verdict.chosen:
@@ -55,7 +56,7 @@ def test_where_a_reason_holds(run: Run) -> None:
     _, out, _ = run("doctor", "--op", "attention")
     told = " ".join(out.split())
     assert "flash_attn: it takes bfloat16 and float16, not torch.float32 (float32)" in told
-    assert "reference: auto prefers sdpa here (577 tokens)" in told
+    assert "reference: auto prefers sdpa here (50 tokens, 577 tokens)" in told
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ import pytest
 import torch
 from contrastive_loss_helpers import run_on_ranks
 from torch import Tensor
-from training_helpers import ENGINES, Small, State, debug_model, error, small, this_rank, whole_batch
+from training_helpers import (
+    ENGINES,
+    Small,
+    State,
+    debug_model,
+    error,
+    small,
+    this_rank,
+    whole_batch,
+    without_key_biases,
+)
 
 from fastclip.training.processes import Processes
 
@@ -81,9 +91,10 @@ def test_a_gradient_that_lacks_something_is_seen(exact: dict[str, Any], mutation
     assert exact[f"{mutation} {kind} {stage}"] > 1e-4
 
 
-def trained(processes: Processes, kind: str, stage: int, **options: Any) -> State:
+def trained(processes: Processes, kind: str, stage: int, order: int | None = None, **options: Any) -> State:
+    """order: a seed that the pairs of each batch are shuffled by."""
     made = small(processes, kind, stage, **options)
-    made.steps(2)
+    made.steps(2, order=order)
     return made.engine.full_state_dict()
 
 
@@ -126,22 +137,19 @@ def after_a_failure(made: Small) -> str:
 
 
 def update_error(ours: State, truth: State) -> float:
-    """|ours - truth| / |truth - initial weights|, but for the biases of the keys: softmax does not see them, so that
-    their gradient is nothing but rounding, which Adam makes as large as any."""
+    """|ours - truth| / |truth - initial weights|, but for the biases of the keys."""
     start = {name: value.float() for name, value in debug_model().state_dict().items()}
     ours, truth, start = (without_key_biases(state) for state in (ours, truth, start))
     return error(ours, truth) / error(start, truth)
 
 
-def without_key_biases(state: State) -> State:
-    return {
-        name: torch.cat((value.chunk(3)[0], value.chunk(3)[2])) if name.endswith("in_proj_bias") else value
-        for name, value in state.items()
-    }
-
-
 def with_adamw() -> dict[str, Any]:
-    return variants({"clipped": {"grad_clip": 1.0}, "adamw": {"optimizer": "adamw"}})
+    """Also how far a mere reordering of each batch's pairs moves AdamW's update, at least of three."""
+    found = variants({"clipped": {"grad_clip": 1.0}, "adamw": {"optimizer": "adamw"}})
+    processes = this_rank()
+    first, *reordered = (trained(processes, "torch", 0, order, optimizer="adamw") for order in (None, 1, 2, 3))
+    errors = [update_error(state, first) if processes.is_first else 0.0 for state in reordered]
+    return found | {"reordered": min(errors)}
 
 
 def with_the_rest() -> dict[str, Any]:
@@ -177,7 +185,9 @@ def rest() -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_adamw_and_clipping_are_the_same_everywhere(adamw: dict[str, Any], kind: str, stage: int) -> None:
-    assert adamw[f"adamw {kind} {stage}"][0] < 1e-5
+    """Adam makes rounding as large as any gradient: engines may differ by what the order of the pairs makes differ."""
+    assert 0 < adamw["reordered"] < 1e-4
+    assert adamw[f"adamw {kind} {stage}"][0] < adamw["reordered"]
     assert adamw[f"clipped {kind} {stage}"][0] < 1e-5
 
 

@@ -85,6 +85,14 @@ def whole_batch(
     return {name: value.clone() for name, value in model.state_dict().items()}, norms
 
 
+def without_key_biases(state: State) -> State:
+    """Softmax does not see them, so that their gradient is nothing but rounding, which Adam makes as large as any."""
+    return {
+        name: torch.cat((value.chunk(3)[0], value.chunk(3)[2])) if name.endswith("in_proj_bias") else value
+        for name, value in state.items()
+    }
+
+
 def error(ours: State, truth: State) -> float:
     """Relative L2 over all parameters."""
     assert ours.keys() == truth.keys()
@@ -101,11 +109,15 @@ class Small:
     cache: GradCache
     global_batch: int = BATCH
 
-    def steps(self, count: int, first: int = 0) -> list[tuple[float, StepResult]]:
+    def steps(self, count: int, first: int = 0, order: int | None = None) -> list[tuple[float, StepResult]]:
+        """order: a seed that the pairs of each batch are shuffled by."""
         n = self.global_batch // self.processes.world_size
         own, results = slice(self.processes.rank * n, (self.processes.rank + 1) * n), []
         for image, text in global_batches(first + count, self.global_batch)[first:]:
-            loss = self.cache.step({"clip": (image[own], text[own])})
+            rows = torch.arange(self.global_batch)
+            if order is not None:
+                rows = torch.randperm(self.global_batch, generator=torch.Generator().manual_seed(order))
+            loss = self.cache.step({"clip": (image[rows[own]], text[rows[own]])})
             results.append((float(loss), self.engine.step(1.0)))
         return results
 

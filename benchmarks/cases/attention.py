@@ -82,7 +82,7 @@ def _case(op: str, causal: bool, packed: bool, problems: Any, quick: Any) -> Cas
                 load = _fused(getattr(SDPBackend, name), causal)
                 found.append(Variant(f"sdpa_{name.partition('_')[0].lower()}", load, budget, version))
         longest = max(CAPTIONS) if packed else problem["n"]
-        verdicts = explain(problem.device, problem.torch_dtype, longest, problem["d"])
+        verdicts = explain(problem.device, problem.torch_dtype, longest, problem["d"], packed)
         return [*found, *our_variants(problem, ours, verdicts, skip=("sdpa", "reference"))]
 
     def squares(problem: Problem) -> float:

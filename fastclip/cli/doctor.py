@@ -23,7 +23,7 @@ CASES: dict[str, tuple[tuple[str, int | None], ...]] = {
     "sigmoid_loss": PAIRS,
     "attention": (
         ("50 tokens (image, ViT-B-32)", 50),
-        ("77 tokens (text)", 77),
+        ("77 tokens (captions, packed)", 77),
         ("577 tokens (image, ViT-L-14 at 336)", 577),
     ),
     "layer_norm": (("any size", None),),
@@ -94,7 +94,7 @@ def _ops(devices: Sequence[str], options: Doctor) -> list[dict[str, Any]]:
         asked = ((f"{options.size:,} {UNIT[op]}", options.size),) if options.size else cases
         for device, (case, size), dtype in product(devices, asked, (options.dtype,) if options.dtype else DTYPES):
             arguments = [] if size is None else [size]
-            more = {"head_dim": options.head_dim} if op == "attention" else {}
+            more = {"head_dim": options.head_dim, "is_packed": "packed" in case} if op == "attention" else {}
             verdicts = explain(device, getattr(torch, dtype), *arguments, **more)
             entries.append(
                 {

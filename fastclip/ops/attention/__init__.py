@@ -75,7 +75,7 @@ def pooled_attention(
 
 def _pick(impl: str, x: Tensor, max_seqlen: int | None) -> str:
     length = x.shape[1] if max_seqlen is None else max_seqlen
-    return pick(impl, x.device.type, x.dtype, length, x.shape[-1])
+    return pick(impl, x.device.type, x.dtype, length, x.shape[-1], is_packed=max_seqlen is not None)
 
 
 def _check(name: str, x: Tensor, parts: int, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:

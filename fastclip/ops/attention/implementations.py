@@ -7,9 +7,9 @@ import torch
 from fastclip.ops import _dispatch, _extension
 
 IMPLS = ("reference", "sdpa", "cpu", "triton", "xformers", "flash_attn")
-# On the CPU (2 cores), tokens up to which "auto" takes the C++ kernel: in bf16 and on packed sequences it beats SDPA.
-# On dense ones in fp32 SDPA is 3 to 15 % faster (benchmarks/results/cpu.csv), but with it engines agreed behind AdamW
-# to 1.06e-5 only, which must be 1e-5. CUDA is not measured: "auto" stays with SDPA, others are taken by name.
+# On the CPU (2 cores), tokens up to which the C++ kernel's forward and backward beat SDPA's, packed or in bf16; dense
+# sequences in fp32 go to SDPA (benchmarks/results/cpu.csv). CUDA is not measured: there "auto" stays with SDPA, and the
+# others are taken by name.
 SHORT = 256
 LARGEST_HEAD = {"triton": 128, "flash_attn": 256, "xformers": 256}
 TAKES = {
@@ -20,9 +20,10 @@ TAKES = {
 }
 
 
-def order(device_type: str, length: int) -> tuple[str, ...]:
+def order(device_type: str, dtype: torch.dtype, length: int, is_packed: bool) -> tuple[str, ...]:
     """What "auto" tries, best first."""
-    return ("cpu", "sdpa") if device_type == "cpu" and length <= SHORT else ("sdpa",)
+    is_ours = device_type == "cpu" and length <= SHORT and (is_packed or dtype == torch.bfloat16)
+    return ("cpu", "sdpa") if is_ours else ("sdpa",)
 
 
 def why_not(impl: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -57,13 +58,15 @@ def _is_missing(impl: str, device_type: str) -> str | None:
 _is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def pick(impl: str, device_type: str, dtype: torch.dtype, length: int, head_dim: int) -> str:
+def pick(impl: str, device_type: str, dtype: torch.dtype, length: int, head_dim: int, is_packed: bool) -> str:
     """The implementation to run; see `_dispatch.pick` for errors."""
-    tried = order(device_type, length)
+    tried = order(device_type, dtype, length, is_packed)
     return _dispatch.pick("attention", impl, IMPLS, tried, lambda name: why_not(name, device_type, dtype, head_dim))
 
 
-def explain(device_type: str, dtype: torch.dtype, length: int, head_dim: int = 64) -> list[_dispatch.Verdict]:
+def explain(
+    device_type: str, dtype: torch.dtype, length: int, head_dim: int = 64, is_packed: bool = False
+) -> list[_dispatch.Verdict]:
     """Which implementation "auto" takes for sequences of up to `length` tokens, and why not the others."""
-    tried = order(device_type, length)
+    tried = order(device_type, dtype, length, is_packed)
     return _dispatch.explain("attention", IMPLS, tried, lambda name: why_not(name, device_type, dtype, head_dim))
