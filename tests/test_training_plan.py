@@ -90,9 +90,9 @@ def test_what_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert "memory of a GPU at its peak: 0.1 GB of 0.1" in said
     assert "features gathered" in said
     assert "features round a ring" in said
-    rate, cores = re.search(
-        r"data: (\d+) pairs/s a GPU take (\d+) CPU cores at 50 pairs/s", said.replace(",", "")
-    ).groups()  # type: ignore[union-attr]
+    data = re.search(r"data: (\d+) pairs/s a GPU take (\d+) CPU cores at 50 pairs/s", said.replace(",", ""))
+    assert data
+    rate, cores = data.groups()
     assert 50 * int(cores) - 50 <= int(rate) <= 50 * int(cores)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert main(["plan", "--model", "debug", "--gpus", "3", "--global-batch", "64"]) == 2

@@ -37,6 +37,8 @@ def test_what_a_spike_is() -> None:
 def test_a_factor_of_one_is_none() -> None:
     with pytest.raises(UserError, match=r"spike must be 0 or above 1, was 0\.5"):
         TrainConfig(spike=0.5)
+    with pytest.raises(UserError, match="set save_every"):
+        TrainConfig(spike=3.0)
 
 
 def runs(data: Path, folder: Path, changed: dict[str, Any]) -> None:

@@ -28,7 +28,8 @@ class TrainConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the training crop's width over its height."""
     hard_negatives: bool = False
-    """Beside each caption one with two words exchanged, or one replaced, as a further negative (NegCLIP, 2023)."""
+    """Beside each caption one with two words or pairs of words exchanged, or one word replaced, as a further negative
+    (NegCLIP, 2023)."""
     upsampling: str = ""
     """Of the sources of a mixture "a::b": how often an epoch holds each sample of each, "1::0.5"."""
     resampled: int = 0
@@ -224,6 +225,8 @@ class TrainConfig:
                 raise UserError(f"{name} must be above 0 and at most 1, was {getattr(self, name)}")
         if self.spike and self.spike <= 1:
             raise UserError(f"spike must be 0 or above 1, was {self.spike}")
+        if self.spike and not self.save_every:
+            raise UserError("spike goes back to a checkpoint, of which there is none before the end: set save_every")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be at least 0 and below 1, was {self.ema}")
         if not self.contrastive_weight + self.sigmoid_weight + self.distill_weight:

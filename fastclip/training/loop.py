@@ -166,11 +166,13 @@ class Trainer:
 
     def _roll_back(self, loss: float, grad_norm: float, keys: list[str]) -> None:
         """Weights and optimizer of the last checkpoint; the data and the schedule go on behind the spike."""
+        self.watchdog.at(f"the way back from step {self.step}", is_limited=False)
         self.quarantine.record(self.step, loss, grad_norm, keys, is_finite=True)
         self.start.checkpoints.wait()
-        folder = find_checkpoint("latest", self.start.run)
-        if folder is not None:
-            saved = self.start.checkpoints.check(folder)
+        with self.processes.one_mistake_for_all():
+            folder = find_checkpoint("latest", self.start.run)
+            saved = self.start.checkpoints.check(folder) if folder else None
+        if saved:
             self.start.checkpoints.load(saved, self.engine)
             if self.average:
                 self.average.restart(self.start.checkpoints.average(saved))
