@@ -9,6 +9,7 @@ import pytest
 import torch
 from models_helpers import RESNET, VIT, assert_same, captions, gradients, images, perturbed
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastclip.models import CLIP, CLIPConfig, TextConfig, VisionConfig, create_model
 from fastclip.models.transformer import Transformer
@@ -246,3 +247,13 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_mistakes_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_products_take_the_linear_that_is_in_place_when_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 replaces it after the model is made, by one that does not hold gathered weights until the backward."""
+    model, calls, linear = CLIP(VIT), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: calls.append(args) or linear(*args))
+    model(images(VIT), captions(VIT))
+    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
+    patches, pooled = 1, 2  # the last block of a tower has one product for the pooled token's q, one for all k and v
+    assert len(calls) == patches + 4 * len(blocks) + pooled

@@ -14,10 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from fastclip.models.clip import CLIP
-from fastclip.models.transformer import Block
+from fastclip.models.transformer import Block, linear
 
 MULTIPLE = 16  # what the hardware asks of widths
 LEAST_CAPABILITY = (8, 9)
@@ -39,8 +38,8 @@ def use_fp8(model: CLIP, *, device: torch.device | None = None, emulate: bool = 
 
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
 
-    def converted(linear: nn.Linear) -> nn.Linear:
-        return cast(nn.Linear, convert_to_float8_training(nn.Sequential(linear), config=config)[0])
+    def converted(layer: nn.Linear) -> nn.Linear:
+        return cast(nn.Linear, convert_to_float8_training(nn.Sequential(layer), config=config)[0])
 
     blocks = _blocks(model)
     for block in blocks:
@@ -51,9 +50,9 @@ def use_fp8(model: CLIP, *, device: torch.device | None = None, emulate: bool = 
     return 4 * len(blocks)
 
 
-def _product(linear: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`F.linear` as `linear` computes it, with a weight and a bias that another module owns."""
-    return lambda x, weight, bias: functional_call(linear, {"weight": weight, "bias": bias}, (x,))
+def _product(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`F.linear` as `module` computes it, with a weight and a bias that another module owns."""
+    return lambda x, weight, bias: functional_call(module, {"weight": weight, "bias": bias}, (x,))
 
 
 def _blocks(model: CLIP) -> list[Block]:
@@ -66,7 +65,7 @@ def _check(model: CLIP, device: torch.device, emulate: bool) -> None:
     blocks = _blocks(model)
     if not blocks:
         raise ValueError("fp8 is for the blocks of this package's Transformers, of which this model has none")
-    if any(block.attn.product is not F.linear for block in blocks):
+    if any(block.attn.product is not linear for block in blocks):
         raise ValueError("this model computes in fp8 already")
     widths = {side for block in blocks for side in (*block.attn.in_proj_weight.shape, *block.mlp.c_fc.weight.shape)}
     if odd := sorted(width for width in widths if width % MULTIPLE):

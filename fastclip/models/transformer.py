@@ -22,6 +22,11 @@ from fastclip.ops.attention.packing import gather_rows
 ACTIVATIONS = KINDS
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear as it is at this call: ZeRO-3 puts one in its place that does not hold the gathered weight."""
+    return F.linear(x, weight, bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of `nn.MultiheadAttention` and one product for Q, K and V.
 
@@ -34,7 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.recomputes = False
-        self.product: Callable[[Tensor, Tensor, Tensor], Tensor] = F.linear
+        self.product: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
