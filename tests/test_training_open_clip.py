@@ -18,10 +18,10 @@ from fastclip.data.demo import write_demo
 from fastclip.errors import UserError
 from fastclip.models import create_model, get_config, load_checkpoint
 from fastclip.training.__main__ import main, parse
+from fastclip.training.model import model_of
 from fastclip.training.open_clip import read_checkpoint, translate
 from fastclip.training.optim import parameter_groups
 from fastclip.training.recipes import RECIPES
-from fastclip.training.start import model_of
 
 BATCH, STEPS, LR, WARMUP = 64, 50, 1e-3, 5
 LAION = """torchrun --nproc_per_node 8 --nnodes=4 -m open_clip_train.main --train-data '/data/{00000..41455}.tar'

@@ -98,7 +98,7 @@ def test_what_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert main(["plan", "--model", "debug", "--gpus", "3", "--global-batch", "64"]) == 2
     assert "--global-batch must be a multiple of --gpus, was 64 of 3" in capfd.readouterr().err
     assert main(["plan", "--model", "debug", "--memory", "0.001"]) == 2
-    assert "nothing fits in nine tenths of 0.001 GB: the least is" in capfd.readouterr().err
+    assert "nothing fits in 85% of 0.001 GB: the least is" in capfd.readouterr().err
 
 
 @pytest.mark.long

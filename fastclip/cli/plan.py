@@ -13,6 +13,7 @@ from fastclip.errors import UserError
 
 if TYPE_CHECKING:
     from fastclip.training.config import TrainConfig
+    from fastclip.training.plan import Memory
 
 GB = 1e9
 
@@ -21,7 +22,7 @@ GB = 1e9
 class Plan:
     """Memory of a rank and time of a step: a model, some GPUs, a global batch.
 
-    Without --chunk-size and --zero-stage: the lowest stage, the largest chunk.
+    Without --zero-stage, --recompute and --chunk-size: the lowest stage, the least recomputed, the largest chunk.
 
     Example: fastclip plan --model ViT-B-16 --gpus 8 --plot scaling.png
     """
@@ -35,17 +36,17 @@ class Plan:
     global_batch: int = 32_768
     """Pairs in a step, over all ranks."""
     chunk_size: int = 0
-    """Pairs a rank forwards at once; 0 looks for the largest that fits."""
+    """The most pairs that a rank forwards at once; 0 looks for the largest that fits."""
     zero_stage: int = -1
     """DeepSpeed ZeRO stage; -1 looks for the lowest that fits."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the computation."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it."""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """What backward computes again instead of keeping it; auto looks for the least that fits."""
     text_tokens: float = 0.0
     """Tokens of a caption on average, start and end included; 0 takes as many as fit."""
     memory: float = 80.0
-    """Of a GPU, 10^9 bytes; a tenth of it is left free."""
+    """Of a GPU, 10^9 bytes; 15 % of it are left free."""
     tflops: float = 400.0
     """Of a GPU in a training step, 10^12 operations a second: measure yours, this is a guess."""
     gpus_per_node: int = 8
@@ -65,7 +66,7 @@ class Plan:
 def main(arguments: Sequence[str]) -> int:
     """Prints the plan; exit status 2 where nothing fits."""
     options = parse(Plan, "plan", arguments)
-    from fastclip.training.plan import Machine, memory, step_time
+    from fastclip.training.plan import Machine, step_time
 
     machine = Machine(
         flops=options.tflops * 1e12,
@@ -75,14 +76,13 @@ def main(arguments: Sequence[str]) -> int:
         network_bandwidth=options.network_bandwidth * GB,
         latency=options.latency * 1e-6,
     )
-    config = _fitting(options)
-    tokens = options.text_tokens or None
-    need = memory(config, options.gpus, tokens)
+    config, need = _fitting(options)
     local = config.global_batch // options.gpus
     chunk = config.chunk_size
     print(
         f"{config.model}, {options.gpus} GPUs, global batch {config.global_batch} = {options.gpus} x "
-        f"{-(-local // chunk)} chunks of {chunk}, ZeRO-{config.zero_stage}, {config.precision}"
+        f"{-(-local // chunk)} chunks of {chunk}, ZeRO-{config.zero_stage}, recompute {config.recompute}, "
+        f"{config.precision}"
     )
     print(f"memory of a GPU at its peak: {need.total / GB:.1f} GB of {options.memory:g}")
     for name in ("weights", "gradients", "optimizer", "buffers", "activations", "features"):
@@ -104,9 +104,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fitting(options: Plan) -> TrainConfig:
-    """The config that fits, as little partitioned and as little chunked as can be."""
+def _fitting(options: Plan) -> tuple[TrainConfig, Memory]:
+    """The config that fits, as little partitioned, recomputed and chunked as can be; or the one that is given."""
     from fastclip.training.config import TrainConfig
+    from fastclip.training.fit import RECOMPUTES, cheapest
     from fastclip.training.plan import memory
     from fastclip.training.recipes import get_recipe
 
@@ -117,27 +118,11 @@ def _fitting(options: Plan) -> TrainConfig:
     base = get_recipe(options.recipe) if options.recipe else TrainConfig()
     if not options.recipe:
         base = replace(base, model=options.model, global_batch=options.global_batch)
-    base = replace(base, engine="deepspeed", precision=options.precision, recompute=options.recompute)
-    local = base.global_batch // options.gpus
-    chunks = [options.chunk_size] if options.chunk_size else _halves(local)
+    base = replace(base, engine="deepspeed", precision=options.precision, chunk_size=options.chunk_size)
+    tokens = options.text_tokens or None
+    if options.chunk_size and options.zero_stage >= 0 and options.recompute != "auto":
+        config = replace(base, zero_stage=options.zero_stage, recompute=options.recompute)
+        return config, memory(config, options.gpus, tokens)
     stages = [options.zero_stage] if options.zero_stage >= 0 else [1, 2, 3]
-    tokens, least = options.text_tokens or None, float("inf")
-    for stage in stages:
-        for chunk in chunks:
-            config = replace(base, zero_stage=stage, chunk_size=chunk)
-            total = memory(config, options.gpus, tokens).total
-            least = min(least, total)
-            if total <= 0.9 * options.memory * GB or len(stages) * len(chunks) == 1:
-                return config
-    raise UserError(
-        f"nothing fits in nine tenths of {options.memory:g} GB: the least is {least / GB:.1f} GB, at "
-        f"ZeRO-{stages[-1]} and chunks of {chunks[-1]}; use more GPUs, a smaller batch or offload"
-    )
-
-
-def _halves(size: int) -> list[int]:
-    """size, size / 2, ... down to 1, rounded up."""
-    sizes = [size]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes
+    recomputes = RECOMPUTES if options.recompute == "auto" else [options.recompute]
+    return cheapest(base, options.gpus, options.memory * GB, stages, recomputes, tokens)

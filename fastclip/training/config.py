@@ -79,6 +79,9 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: LayerNorm, attention and activation (selective), or whole
     blocks (full); same gradient."""
+    fit: bool = False
+    """Where the run would not fit the memory that is free: smaller chunks, then recompute, then a higher ZeRO stage,
+    by the arithmetic of `fastclip plan`; what is given here is tried first."""
     steps: int = 1000
     """Optimizer steps of the run."""
     minutes: float = 0.0

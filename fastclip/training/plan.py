@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastclip.models import CLIPConfig, create_model
 from fastclip.training.config import TrainConfig
-from fastclip.training.start import model_of
+from fastclip.training.model import model_of
 
 BUCKET = 500_000_000  # figures, DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # figures, its stage3_max_live_parameters

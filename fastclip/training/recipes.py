@@ -36,6 +36,7 @@ def clip() -> TrainConfig:
         model="ViT-B-32-quickgelu",
         global_batch=32_768,
         chunk_size=1024,
+        fit=True,
         steps=390_625,
         lr=5e-4,
         betas=(0.9, 0.98),

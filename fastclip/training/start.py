@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,17 +19,18 @@ from fastclip.data.scan import IMAGE_SUFFIXES
 from fastclip.data.shards import expand_shards
 from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
-from fastclip.models import CLIP, CLIPConfig, create_model, get_config
+from fastclip.models import CLIP, CLIPConfig, create_model
 from fastclip.models.fp8 import use_fp8
 from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.environment import environment
+from fastclip.training.fit import fit
+from fastclip.training.model import model_of
 from fastclip.training.open_clip import is_open_clip_checkpoint, read_checkpoint
 from fastclip.training.processes import Processes
 
 TEACHER = ("teacher_image", "teacher_text")  # features stored beside the samples
-SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Start:
     tokenizer: Tokenizer
     loader: Loader
     ds_config: dict[str, Any] | None
-    conflicts: list[str]
+    notes: list[str]  # what was chosen for the user, and what the user's files change
     checkpoints: Checkpoints
     resumed: Saved | None
 
@@ -71,7 +71,7 @@ class Start:
             f"global batch {config.global_batch} = {world_size} ranks x {-(-local // chunk)} chunks of {chunk}; "
             f"{config.model}, {engine}, {config.precision}, gradients reduced by {reduction}",
         ]
-        lines += [f"{config.deepspeed_config} sets {line}" for line in self.conflicts]
+        lines += self.notes
         if self.resumed:
             moved = f", moved by parameter name ({self.resumed.moved})" if self.resumed.moved else ""
             lines.append(f"Goes on from {self.resumed.folder}{moved}")
@@ -95,15 +95,20 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             hard_negatives=config.hard_negatives,
             options=_data_options(config, model_config),
         )
+    notes = []
+    if config.fit:
+        config, chosen = fit(config, processes)
+        notes.append(chosen)
+    with processes.one_mistake_for_all():
         for package in ["tensorboard"] * config.tensorboard + ["wandb"] * bool(config.wandb):
             if find_spec(package) is None:
                 raise UserError(f"--{package} needs the package {package}: pip install {package}")
         if config.val and not Path(config.val).is_dir():
             raise UserError(f"--val {config.val} is not a folder")
         ds_config: dict[str, Any] | None = None
-        conflicts: list[str] = []
         if config.engine == "deepspeed":
             config, ds_config, conflicts = resolve_deepspeed(config, processes.world_size)
+            notes += [f"{config.deepspeed_config} sets {line}" for line in conflicts]
         run = _writable(Path(config.out or name))
         config = replace(config, out=str(run))
         _check_loss(config, processes.device)
@@ -125,7 +130,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         if config.fp8:
             _use_fp8(model, processes.device)
     _check_same_data(loader, processes)
-    return Start(config, run, model_config, model, tokenizer, loader, ds_config, conflicts, checkpoints, resumed)
+    return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, resumed)
 
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
@@ -182,19 +187,6 @@ def _data_options(config: TrainConfig, model: CLIPConfig) -> DataOptions:
         max_broken=config.max_broken,
         arrays=tuple(f"{name}.npy" for name in TEACHER) if config.distill_weight else (),
     )
-
-
-def model_of(config: TrainConfig) -> CLIPConfig:
-    """The named model, with what `config` changes of it."""
-    model = get_config(config.model)
-    image_size, dropout = config.image_size or model.vision.image_size, config.patch_dropout
-    dropout = model.vision.patch_dropout if dropout < 0 else dropout
-    vision = replace(model.vision, image_size=image_size, patch_dropout=dropout)
-    text = replace(model.text, context_length=config.context_length or model.text.context_length)
-    model = replace(model, vision=vision, text=text)
-    if config.sigmoid_weight and model.init_logit_bias is None:
-        return replace(model, init_logit_scale=SIGMOID_SCALE, init_logit_bias=SIGMOID_BIAS)
-    return model
 
 
 def _check_loss(config: TrainConfig, device: torch.device) -> None:
