@@ -1,6 +1,6 @@
 # make demo       train a small CLIP on the embedded data set through the DeepSpeed launcher, and leave a report
 # make test       the fast tests (<= 15 minutes on 2 cores from nothing)
-# make test-all   all tests: also the long ones, and those beside other packages
+# make test-all   all tests: also the long ones and those beside other packages (make test-long)
 # make lint       ruff and mypy
 # make docs       the documents as a site, into build/site
 # make bench      measures the CPU part (about 8 minutes on a quiet machine): benchmarks/results/, the tables in docs/
@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint docs bench lab build env clean
+.PHONY: demo test test-long test-all lint docs bench lab build env clean
 
 env: $(STAMP)
 
@@ -58,8 +58,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not long and not peer"
 
-test-all: $(STAMP) $(PEERS)
-	@$(BIN)/python -m pytest
+test-long: $(STAMP) $(PEERS)
+	@$(BIN)/python -m pytest -m "long or peer"
+
+test-all: test test-long
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -304,12 +304,18 @@ def test_captions_by_key_and_weight() -> None:
     assert abs(found["alt"] - 500) < 80
     assert abs(found["s1"] - 750) < 90
     assert set(drawn("n=9::synthetic=1::absent=5", sample)) == {"s1", "s2"}
+    found = drawn("captions[1]=1::txt=3::captions[2]=9::n[0]::txt[1]=5", sample)
+    assert set(found) == {"alt", "c2"}
+    assert abs(found["c2"] - 500) < 80
     with pytest.raises(BrokenSample, match="missing_caption"):
         drawn("n::absent", sample)
     with pytest.raises(BrokenSample, match="invalid_utf8"):
         drawn("txt", Sample("k", b"", None, {}, fault="invalid_utf8"))
     for wrong in ("txt=0", "txt=-1", "txt=x", "txt=inf"):
         with pytest.raises(ValueError, match=r"the weight of 'txt' .* must be a positive number"):
+            CaptionChoice(wrong)
+    for wrong in ("captions[", "captions[-1]", "captions[x]", "[0]", "=1"):
+        with pytest.raises(ValueError, match=r"a key is a name or name\[place\], was "):
             CaptionChoice(wrong)
 
 

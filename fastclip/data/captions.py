@@ -1,10 +1,13 @@
 """Which caption of a sample is used: one of its list, or one of several kinds of caption by weight."""
 
+import re
+
 from fastclip.data.faults import BrokenSample
 from fastclip.data.scan import Sample
 from fastclip.data.streams import Stream
 
 TEXT = "txt"  # the key that means the text member
+_KEY = re.compile(r"[^][]+(\[\d+\])?")
 
 
 def captions_of(sample: Sample) -> list[str]:
@@ -30,15 +33,18 @@ def _usable(sample: Sample, found: list[object]) -> list[str]:
 class CaptionChoice:
     """One caption of a sample, by `spec`: "" for any of `captions_of`, else keys with weights, `txt=1::synthetic=3`.
 
-    A key is `txt` (the text member) or a key of the JSON, whose value is a caption or a list of them; a key without a
-    weight has 1. Of the keys that a sample has, one is drawn by weight, and of its captions one evenly.
-    Errors: `ValueError` for a weight that is not a positive number.
+    A key is `txt` (the text member) or a key of the JSON, whose value is a caption or a list of them, or one place in
+    such a list (`captions[5]`, counted from 0); a key without a weight has 1. Of the keys that a sample has, one is
+    drawn by weight, and of its captions one evenly.
+    Errors: `ValueError` for a weight that is not a positive number, and for a key that is none of these.
     """
 
     def __init__(self, spec: str = "") -> None:
         self._weights: dict[str, float] = {}
         for part in filter(None, spec.split("::")):
             key, has_weight, weight = part.partition("=")
+            if not _KEY.fullmatch(key):
+                raise ValueError(f"text_keys: a key is a name or name[place], was {key!r} in {spec!r}")
             try:
                 self._weights[key] = float(weight) if has_weight else 1.0
             except ValueError:
@@ -53,9 +59,8 @@ class CaptionChoice:
         offered: list[tuple[float, list[str]]] = []
         problem = BrokenSample("missing_caption")
         for key, weight in self._weights.items():
-            value = sample.text if key == TEXT else sample.meta.get(key)
             try:
-                offered.append((weight, _usable(sample, value if isinstance(value, list) else [value])))
+                offered.append((weight, _usable(sample, _values(sample, key))))
             except BrokenSample as error:
                 problem = error
         if not offered:
@@ -66,3 +71,13 @@ class CaptionChoice:
                 return stream.choice(captions)
             at -= weight
         return stream.choice(offered[-1][1])
+
+
+def _values(sample: Sample, key: str) -> list[object]:
+    """What the sample has under a key of `CaptionChoice`."""
+    if key == TEXT:
+        return [sample.text]
+    name, is_place, place = key.removesuffix("]").partition("[")
+    value = sample.meta.get(name)
+    values = value if isinstance(value, list) else [value]
+    return values[int(place) : int(place) + 1] if is_place else values

@@ -35,7 +35,8 @@ class TrainConfig:
     resampled: int = 0
     """Samples of an epoch drawn with replacement; 0: every sample once."""
     text_keys: str = ""
-    """Captions by key and weight, "txt=1::synthetic=3"; default: the JSON's captions, else the text."""
+    """Captions by key, or place in its list, and weight, "txt=1::synthetic=3::captions[0]=2"; default: the JSON's
+    captions, else the text."""
     image_key: str = ""
     """Column of a table that names the image files."""
     caption_key: str = ""
