@@ -90,7 +90,7 @@ def test_a_resumed_run_starts_from_its_own_config(tmp_path: Path) -> None:
 def resolved(tmp_path: Path, content: Any, **options: Any) -> tuple[TrainConfig, dict[str, Any], list[str]]:
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return resolve_deepspeed(TrainConfig(deepspeed_config=str(path), **options), world_size=2)
+    return resolve_deepspeed(TrainConfig(deepspeed_config=str(path), precision="bf16", **options), world_size=2)
 
 
 def test_deepspeeds_json_says_what_would_be_wrong_by_default() -> None:

@@ -150,8 +150,9 @@ class TrainConfig:
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed (ZeRO), or torch alone with a plain all-reduce of the gradient."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the model's computation; master weights and the loss are fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the model's computation; master weights and the loss are fp32. auto is bf16, or fp32 on a device without bf16
+    products (CPUs before AVX-512, where one takes 100 times as long)."""
     fp8: bool = False
     """Compute the blocks' products in fp8 (torchao; compute capability 8.9 or later)."""
     zero_stage: int = 1

@@ -18,6 +18,13 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether it has products of bf16, rather than a way to make the same numbers slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class StepResult(NamedTuple):
     """What became of one optimizer step."""
 

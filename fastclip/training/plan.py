@@ -164,7 +164,7 @@ def _peak(model: CLIPConfig, precision: str, pairs: int, length: int, recompute:
         text = torch.zeros(pairs, model.text.context_length, dtype=torch.int64)
         text[:, : length - 1], text[:, length - 1] = 1, model.text.vocab_size - 1
     clip.set_recompute(recompute)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     clip, image = clip.to(dtype), image.to(dtype)
 
     def run() -> None:

@@ -24,6 +24,7 @@ from fastclip.models.fp8 import use_fp8
 from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
 from fastclip.training.deepspeed_config import resolve_deepspeed
+from fastclip.training.engine import computes_in_bf16
 from fastclip.training.environment import environment
 from fastclip.training.fit import fit
 from fastclip.training.model import model_of
@@ -81,6 +82,7 @@ class Start:
 def prepare(config: TrainConfig, processes: Processes) -> Start:
     """Reads and checks all that `config` names. Raises UserError, the same on every rank, and leaves nothing behind."""
     name = processes.gather(f"runs/{config.model}-{datetime.now():%Y%m%d-%H%M%S}")[0]
+    config, notes = _with_precision(config, processes)
     with processes.one_mistake_for_all():
         model_config, tokenizer = _model_and_tokenizer(config)
         loader = Loader(
@@ -95,7 +97,6 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             hard_negatives=config.hard_negatives,
             options=_data_options(config, model_config),
         )
-    notes = []
     if config.fit:
         config, chosen = fit(config, processes)
         notes.append(chosen)
@@ -131,6 +132,18 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             _use_fp8(model, processes.device)
     _check_same_data(loader, processes)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, resumed)
+
+
+def _with_precision(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, list[str]]:
+    """The config with its precision settled, the same on every rank, and what the user should know of it."""
+    if config.precision not in ("auto", "bf16"):
+        return config, []
+    is_slow = bool(processes.agree(not computes_in_bf16(processes.device))[0])
+    slow = f"{processes.device.type} has no bf16 products"
+    if config.precision == "bf16":
+        return config, [f"{slow}: this will be far slower than --precision fp32"] * is_slow
+    precision = "fp32" if is_slow else "bf16"
+    return replace(config, precision=precision), [f"{slow}: computes in fp32"] * is_slow  # type: ignore[arg-type]
 
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
