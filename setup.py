@@ -28,7 +28,7 @@ def build_options() -> dict[str, Any]:
             except Exception as error:  # whatever the compiler or the linker says, the rest of the package installs
                 notice(error)
 
-    return {"ext_modules": [kernels["extension"]()], "cmdclass": {"build_ext": OptionalBuild}}
+    return {"ext_modules": kernels["extensions"](), "cmdclass": {"build_ext": OptionalBuild}}
 
 
 setup(**build_options())

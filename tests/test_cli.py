@@ -511,7 +511,7 @@ def test_names_of_saved_files_stay_in_their_folder() -> None:
 
 def test_build_says_where_and_how_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "missing", lambda: None)
-    monkeypatch.setattr(_extension, "build", lambda: Path("some/_C.so"))
+    monkeypatch.setattr(_extension, "build", lambda: [Path("some/_C.so")])
     monkeypatch.setattr(_extension, "load", lambda: None)
     status, out, _ = run("build")
     assert status == 0

@@ -47,6 +47,26 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         _extension.build()
 
 
+@pytest.mark.parametrize(
+    ("capability", "built", "expected"),
+    [
+        ("AVX512", ("_C_avx512", "_C"), "_C_avx512"),
+        ("AVX512", ("_C",), "_C"),
+        ("AVX2", ("_C_avx512", "_C"), "_C"),
+        ("AVX2", ("_C_avx512",), None),
+    ],
+)
+def test_the_library_for_this_processor_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: str, built: tuple[str, ...], expected: str | None
+) -> None:
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name in built:
+        (tmp_path / f"{name}.so").write_bytes(b"not a library")
+    reason = f"{expected}.so cannot be loaded" if expected else "the compiled kernels are not built"
+    assert str(_extension.load()).startswith(reason)
+
+
 def test_without_a_compiler_setup_leaves_the_kernels_out(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "setup.py"), "--name"]
     result = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
@@ -60,7 +80,8 @@ def test_build_makes_a_library_that_loads(monkeypatch: pytest.MonkeyPatch, tmp_p
         pytest.skip("no C++ compiler")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     monkeypatch.setattr(_extension, "ROOT", tmp_path)
-    library = _extension.build()
-    assert library.parent == tmp_path / "fastclip"
-    code = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.fastclip_cpu.torch_version())"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    libraries = _extension.build()
+    assert [library.parent for library in libraries] == [tmp_path / "fastclip"] * len(libraries)
+    for library in libraries:
+        code = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.fastclip_cpu.torch_version())"
+        subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,9 @@
-// Sixteen fp32 lanes in GCC's vector extension, and the few small products that CLIP's ops need on them.
+// One processor register of fp32 lanes in GCC's vector extension, and the few small products that CLIP's ops need on them.
 //
-// Everything is always_inline: a function marked FASTCLIP_MULTIVERSION that calls it is compiled once per instruction
-// set, and the loader picks the right one, so one binary is fast on AVX-512 and still runs on any x86-64 (or ARM).
+// The sources are compiled twice (fastclip/ops/_extension.py): with sixteen lanes for AVX-512 alone, and with eight for
+// everything else. Vectors wider than a register live in memory: sixteen lanes under AVX2 are eight times as slow as eight.
+// In the library of eight everything is always_inline: a function marked FASTCLIP_MULTIVERSION that calls it is compiled
+// for AVX2 and for any x86-64 (or ARM), and the loader picks the right one.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,10 +11,15 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTCLIP_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if defined(__AVX512F__)
+#define FASTCLIP_LANES 16
+#define FASTCLIP_MULTIVERSION inline
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTCLIP_LANES 8
+#define FASTCLIP_MULTIVERSION __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
-#define FASTCLIP_MULTIVERSION
+#define FASTCLIP_LANES 8
+#define FASTCLIP_MULTIVERSION inline
 #endif
 #define FASTCLIP_INLINE static inline __attribute__((always_inline))
 
@@ -20,11 +27,12 @@
 
 namespace fastclip {
 
-constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t IVec __attribute__((vector_size(64)));
-typedef uint32_t UVec __attribute__((vector_size(64)));
-typedef uint16_t HVec __attribute__((vector_size(32), aligned(2), may_alias));
+constexpr int64_t kLanes = FASTCLIP_LANES;
+typedef float Vec __attribute__((vector_size(4 * FASTCLIP_LANES), aligned(4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(4 * FASTCLIP_LANES)));
+typedef uint32_t UVec __attribute__((vector_size(4 * FASTCLIP_LANES)));
+typedef uint16_t HVec __attribute__((vector_size(2 * FASTCLIP_LANES), aligned(2), may_alias));
+constexpr int64_t kWide = kLanes / 4;  // vectors of a row in one block of a product, as many as there are registers for
 
 FASTCLIP_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 FASTCLIP_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
@@ -53,7 +61,7 @@ FASTCLIP_INLINE void store_rounded_pairs(c10::BFloat16* p, Vec a, Vec b) {
   store(reinterpret_cast<float*>(p), (Vec)((UVec)a >> 16 | (UVec)b));
 }
 
-// Sixteen rows of sixteen become their columns: blocks of 1, 2, 4, 8 on both sides of the diagonal change places in turn.
+// kLanes rows of as many become their columns: blocks of 1, 2, 4 (and 8) on both sides of the diagonal change places in turn.
 template <int HALF>
 FASTCLIP_INLINE void exchange(Vec* rows) {
   IVec low, high;
@@ -72,7 +80,9 @@ FASTCLIP_INLINE void transpose(Vec* rows) {
   exchange<1>(rows);
   exchange<2>(rows);
   exchange<4>(rows);
+#if FASTCLIP_LANES == 16
   exchange<8>(rows);
+#endif
 }
 
 FASTCLIP_INLINE float sum(Vec v) {
@@ -136,12 +146,13 @@ template <int ROWS>
 FASTCLIP_INLINE void gemm_rows(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t n,
                                int64_t k) {
   int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) gemm_block<ROWS, 4>(c + j, ldc, a, a_row, a_col, b + j, ldb, k);
+  if constexpr (kWide == 4)
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) gemm_block<ROWS, 4>(c + j, ldc, a, a_row, a_col, b + j, ldb, k);
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) gemm_block<ROWS, 2>(c + j, ldc, a, a_row, a_col, b + j, ldb, k);
   for (; j < n; j += kLanes) gemm_block<ROWS, 1>(c + j, ldc, a, a_row, a_col, b + j, ldb, k);
 }
 
-// c (m, n) = a (m, k) b (k, n) in fp32, n a multiple of 16; a is read through its two strides, so it may be transposed.
+// c (m, n) = a (m, k) b (k, n) in fp32, n a multiple of kLanes; a is read through its two strides, so it may be transposed.
 FASTCLIP_INLINE void gemm(float* c, int64_t ldc, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, int64_t m, int64_t n,
                           int64_t k) {
   int64_t i = 0;

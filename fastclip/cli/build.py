@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"the kernels cannot be built: {reason}")
     print(f"Compiling {', '.join(_extension.SOURCES)} (about a minute)", flush=True)
     start = time.monotonic()
-    library = _extension.build()
-    print(f"Built {library} in {time.monotonic() - start:.0f} s")
+    libraries = _extension.build()
+    print(f"Built {', '.join(map(str, libraries))} in {time.monotonic() - start:.0f} s")
     reason = _extension.load()
     if reason is not None:
         raise RuntimeError(f"built, but it cannot be used: {reason}")

@@ -1,13 +1,13 @@
 """The compiled CPU kernels of csrc/: their sources and flags, how they are built, and how they are loaded.
 
-setup.py and `fastclip build` compile the same sources with the same flags. Each kernel is compiled for several
-instruction sets and the loader picks the right one (see csrc/cpu/simd.h), so a wheel runs on any machine of its
-architecture. Nothing is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the
+setup.py and `fastclip build` compile the same sources with the same flags: on x86-64 once for AVX-512, and everywhere
+once for all other processors (see csrc/cpu/simd.h), so that a wheel runs on any machine of its architecture. Nothing is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the
 package.
 """
 
 from __future__ import annotations
 
+import platform
 import shutil
 import tempfile
 from functools import cache
@@ -24,7 +24,8 @@ SOURCES = (
     "csrc/cpu/layer_norm.cpp",
     "csrc/cpu/sigmoid_loss.cpp",
 )
-FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
+WIDE = "_C_avx512"  # the library for AVX-512; the other one is _C
+FLAGS = ("-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-attributes")
 
 
 def missing() -> str | None:
@@ -40,17 +41,23 @@ def missing() -> str | None:
     return None
 
 
-def extension(root: str = "") -> Any:
-    """The setuptools Extension of csrc/; `root` is put before its paths, which are relative to the checkout."""
+def extensions(root: str = "") -> list[Any]:
+    """The setuptools Extensions of csrc/; `root` is put before their paths, which are relative to the checkout."""
     from torch.utils.cpp_extension import CppExtension
 
+    flags = {"_C": FLAGS}
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags[WIDE] = (*FLAGS, "-march=x86-64-v4")
     sources = [str(Path(root, source)) for source in SOURCES]
     headers = [str(Path(root, path.relative_to(ROOT))) for path in sorted((ROOT / "csrc").rglob("*.h"))]
-    return CppExtension("fastclip._C", sources, depends=headers, extra_compile_args=list(FLAGS))
+    return [
+        CppExtension(f"fastclip.{name}", sources, depends=headers, extra_compile_args=list(options))
+        for name, options in flags.items()
+    ]
 
 
-def build() -> Path:
-    """Compiles csrc/ into the package, about half a minute, and returns the library's path.
+def build() -> list[Path]:
+    """Compiles csrc/ into the package, about a minute, and returns the libraries' paths.
 
     Raises:
         RuntimeError: something is missing, or the compiler failed.
@@ -62,13 +69,13 @@ def build() -> Path:
     from torch.utils.cpp_extension import BuildExtension
 
     with tempfile.TemporaryDirectory() as temporary:
-        distribution = Distribution({"name": "fastclip", "ext_modules": [extension(str(ROOT))]})
+        distribution = Distribution({"name": "fastclip", "ext_modules": extensions(str(ROOT))})
         command = BuildExtension(distribution)
         command.build_lib, command.build_temp = str(ROOT), temporary
         command.ensure_finalized()
         command.run()
     load.cache_clear()
-    return Path(command.get_ext_fullpath("fastclip._C"))
+    return [Path(command.get_ext_fullpath(one.name)) for one in distribution.ext_modules]
 
 
 @cache
@@ -76,16 +83,18 @@ def load() -> str | None:
     """Loads the library, once per process; returns the reason it cannot be used, or None."""
     import torch
 
-    libraries = sorted(PACKAGE.glob("_C*.so"))
+    is_wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    libraries = [*PACKAGE.glob(f"{WIDE}.*so")] * is_wide + [*PACKAGE.glob("_C.*so")]
     if not libraries:
         return "the compiled kernels are not built (run `fastclip build`)"
+    library = libraries[0]
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
         built_for = torch.ops.fastclip_cpu.torch_version()
     except (OSError, AttributeError, RuntimeError) as error:
-        return f"{libraries[0].name} cannot be loaded ({str(error).splitlines()[0]}): run `fastclip build`"
+        return f"{library.name} cannot be loaded ({str(error).splitlines()[0]}): run `fastclip build`"
     if built_for != torch.__version__.split("+")[0]:
-        return f"{libraries[0].name} was built for torch {built_for}, this is {torch.__version__}: run `fastclip build`"
+        return f"{library.name} was built for torch {built_for}, this is {torch.__version__}: run `fastclip build`"
     return None
 
 
