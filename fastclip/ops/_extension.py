@@ -1,8 +1,8 @@
 """The compiled CPU kernels of csrc/: their sources and flags, how they are built, and how they are loaded.
 
 setup.py and `fastclip build` compile the same sources with the same flags: on x86-64 once for AVX-512, and everywhere
-once for all other processors (see csrc/cpu/simd.h), so that a wheel runs on any machine of its architecture. Nothing is compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the
-package.
+once for all other processors (see csrc/cpu/simd.h), so that a wheel runs on any machine of its architecture. Nothing is
+compiled or loaded at import. setup.py runs this file by its path, so it imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def extensions(root: str = "") -> list[Any]:
     """The setuptools Extensions of csrc/; `root` is put before their paths, which are relative to the checkout."""
     from torch.utils.cpp_extension import CppExtension
 
-    flags = {"_C": FLAGS}
+    flags: dict[str, tuple[str, ...]] = {"_C": FLAGS}
     if platform.machine() in ("x86_64", "AMD64"):
         flags[WIDE] = (*FLAGS, "-march=x86-64-v4")
     sources = [str(Path(root, source)) for source in SOURCES]
