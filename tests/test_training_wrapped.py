@@ -1,0 +1,86 @@
+"""Towers of one's own under every engine, ZeRO-3 with its partitioned weights among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contrastive_loss_helpers import run_on_ranks
+from torch import Tensor, nn
+from training_helpers import BATCH, CHUNK, ENGINES, MODEL, State, error, global_batches, sgd, this_rank
+
+from fastclip.data import normalize_image
+from fastclip.losses import contrastive_loss
+from fastclip.models import CLIP, get_config, wrap
+from fastclip.training.config import TrainConfig
+from fastclip.training.deepspeed_config import resolve_deepspeed
+from fastclip.training.engine import build_engine
+from fastclip.training.loop import Loss, build_grad_cache
+from fastclip.training.optim import parameter_groups
+
+STEPS, WIDTH = 3, 20
+
+
+class OwnViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 8, stride=8)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.mix(self.patch(image).relu().mean((2, 3)))
+
+
+class OwnText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(get_config(MODEL).text.vocab_size, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.embed(ids).mean(1))
+
+
+def own() -> CLIP:
+    torch.manual_seed(0)
+    return wrap(get_config(MODEL), visual=OwnViT(), visual_width=WIDTH, text=OwnText(), text_width=WIDTH)
+
+
+def of_the_whole_batch() -> State:
+    """Weights that autograd gives on whole batches in one process, in fp64."""
+    config, model = get_config(MODEL), own().double()
+    optimizer = sgd(parameter_groups(model, TrainConfig(model=MODEL)))
+    for image, text in global_batches(STEPS):
+        optimizer.zero_grad()
+        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float64)
+        contrastive_loss(**model(pixels, text, output_dict=True)).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def errors() -> dict[str, float]:
+    processes, truth, found = this_rank(), of_the_whole_batch(), {}
+    n = BATCH // processes.world_size
+    own_part = slice(processes.rank * n, (processes.rank + 1) * n)
+    for kind, stage in ENGINES:
+        config = TrainConfig(
+            model=MODEL, engine=kind, zero_stage=stage, global_batch=BATCH, chunk_size=CHUNK, precision="fp32"
+        )
+        _, ds_config, _ = resolve_deepspeed(config, processes.world_size)
+        engine = build_engine(own(), config, processes, ds_config if kind == "deepspeed" else None, sgd)
+        cache = build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
+        for image, text in global_batches(STEPS):
+            cache.step({"clip": (image[own_part], text[own_part])})
+            engine.step(1.0)
+        state = engine.full_state_dict()
+        found[f"{kind}{stage}"] = error(state, truth) if processes.is_first else 0.0
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    return run_on_ranks(2, errors, timeout=300)[0]
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+def test_the_gradient_is_that_of_the_whole_batch(found: dict[str, float], kind: str, stage: int) -> None:
+    assert found[f"{kind}{stage}"] < 1e-6
