@@ -22,7 +22,7 @@ GB = 1e9
 class Plan:
     """Memory of a rank and time of a step: a model, some GPUs, a global batch.
 
-    Without --zero-stage, --recompute and --chunk-size: the lowest stage, the least recomputed, the largest chunk.
+    What is not given is looked for: the lowest stage, then the largest chunk.
 
     Example: fastclip plan --model ViT-B-16 --gpus 8 --plot scaling.png
     """
