@@ -1,7 +1,7 @@
 """A peer's own test suite, first as it is and then with the drop-ins on: no test may change its outcome.
 
-    python tests/peer_suites.py open_clip CHECKOUT [-- PYTEST OPTIONS]
-    python tests/peer_suites.py sentence_transformers CHECKOUT
+    python tests/peer_suites.py open_clip CHECKOUT [TESTS AND PYTEST OPTIONS]
+    python tests/peer_suites.py sentence_transformers CHECKOUT tests/test_cmnrl.py
 
 CHECKOUT is a clone of the peer at the version to be tested; its own code is what is imported. Tests that fail without
 the drop-ins too (most of them want a download) are counted, with their reason, and not compared. Prints what ran, how
@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 
 SOURCES = {"open_clip": "src", "sentence_transformers": "."}  # where a checkout keeps its package
-WANTED, TARGET = "FASTCLIP_DROP_INS", "FASTCLIP_OUTCOMES"  # environment of the two runs
+PEER, WANTED, TARGET = "FASTCLIP_PEER", "FASTCLIP_DROP_INS", "FASTCLIP_OUTCOMES"  # environment of the two runs
+NOWHERE = "http://127.0.0.1:9"  # a proxy that refuses: downloads fail at once
 calls: Counter[str] = Counter()
 outcomes: dict[str, tuple[str, str]] = {}  # by test: how it ended, and why
 
@@ -36,14 +37,13 @@ def pytest_configure() -> None:
     from fastclip import interop
 
     name = os.environ[WANTED]
+    peer_module(os.environ[PEER])
     if name:
         _count_calls(interop.DropIn)
     if name == "open_clip":
-        peer_module("open_clip")
         interop.open_clip_losses().enable()
         _in_every_model()
     elif name == "sentence_transformers":
-        peer_module("sentence_transformers")
         interop.sentence_transformers_losses().enable()
 
 
@@ -105,20 +105,24 @@ def pytest_sessionfinish() -> None:
     Path(os.environ[TARGET]).write_text(json.dumps({"outcomes": outcomes, "calls": calls}))
 
 
-def run(peer: str, checkout: Path, drop_ins: bool, options: list[str]) -> dict[str, Any]:
+def run(peer: str, checkout: Path, drop_ins: bool, words: list[str]) -> dict[str, Any]:
     """Outcome and reason by test, and the calls of replaced methods by drop-in."""
     here, paths = Path(__file__).parent, [checkout / SOURCES[peer], checkout]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "outcomes.json"
         environment = os.environ | {
+            PEER: peer,
             WANTED: peer if drop_ins else "",
             TARGET: str(target),
             "PYTHONPATH": os.pathsep.join(map(str, [here, here.parent, *paths])),
             "HF_HUB_OFFLINE": "1",
+            "http_proxy": NOWHERE,
+            "https_proxy": NOWHERE,
+            "no_proxy": "localhost,127.0.0.1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        words = ["-q", "-p", "peer_suites", "-p", "no:cacheprovider", "--continue-on-collection-errors", *options]
-        command = [sys.executable, "-m", "pytest", *words, "tests"]
+        plugins = ["-p", "peer_suites", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *plugins, "--continue-on-collection-errors", *(words or ["tests"])]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if not target.exists():
             raise SystemExit(f"the suite of {peer} did not start:\n{done.stdout}{done.stderr}")
@@ -126,8 +130,8 @@ def run(peer: str, checkout: Path, drop_ins: bool, options: list[str]) -> dict[s
 
 
 def main() -> int:
-    peer, checkout, *options = (word for word in sys.argv[1:] if word != "--")
-    plain, ours = (run(peer, Path(checkout).absolute(), on, options) for on in (False, True))
+    peer, checkout, *words = sys.argv[1:]
+    plain, ours = (run(peer, Path(checkout).absolute(), on, words) for on in (False, True))
     passed = [test for test, (outcome, _) in plain["outcomes"].items() if outcome == "passed"]
     changed = {test: ours["outcomes"].get(test, ("absent", "")) for test in passed}
     changed = {test: found for test, found in changed.items() if found[0] != "passed"}
