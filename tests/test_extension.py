@@ -85,6 +85,7 @@ def test_build_makes_libraries_of_which_one_loads(monkeypatch: pytest.MonkeyPatc
     assert all(library.stat().st_size > 100_000 for library in libraries)
     code = (
         "from pathlib import Path; from fastclip.ops import _extension;"
-        f"_extension.PACKAGE = Path({str(tmp_path / 'fastclip')!r}); assert _extension.load() is None, _extension.load()"
+        f"_extension.PACKAGE = Path({str(tmp_path / 'fastclip')!r});"
+        "reason = _extension.load(); assert reason is None, reason"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
