@@ -122,6 +122,7 @@ def test_a_deepspeed_file_is_merged_and_its_conflicts_are_told(tmp_path: Path) -
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "memory_efficient_linear": False,
         "offload_optimizer": {"device": "cpu"},
     }
     assert merged["train_batch_size"] == config.global_batch

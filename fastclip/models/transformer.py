@@ -23,7 +23,7 @@ ACTIVATIONS = KINDS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear as it is at this call: ZeRO-3 puts one in its place that does not hold the gathered weight."""
+    """F.linear as it is at this call: ZeRO-3 has one in its place that does not hold the gathered weight."""
     return F.linear(x, weight, bias)
 
 
