@@ -48,7 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, forward)
     status = run.wait()
-    return 128 + signal.SIGINT if signal.SIGINT in received else status
+    return 128 + signal.SIGINT if signal.SIGINT in received else _shell_status(status)
+
+
+def _shell_status(status: int) -> int:
+    """128 + the number of a signal that ended the launcher (-15), or one of its processes (-15, so that it exits with
+    241)."""
+    number = -status if status < 0 else 256 - status
+    return 128 + number if 1 < number < signal.NSIG else status
 
 
 def _forward(launcher: int, number: int) -> None:
