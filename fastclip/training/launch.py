@@ -59,14 +59,18 @@ def _shell_status(status: int) -> int:
 
 
 def _forward(launcher: int, number: int) -> None:
-    """The signal to the ranks, who are the children of the launcher's child; before there are any, to the launcher."""
+    """The signal to the ranks, who are the children of the launcher's child; before there are any, to the session:
+    that child would still start them."""
     import psutil
 
+    number = signal.SIGTERM if number == signal.SIGHUP else number
     try:
         ranks = [rank for child in psutil.Process(launcher).children() for rank in child.children()]
-        for process in ranks or [psutil.Process(launcher)]:
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-    except psutil.NoSuchProcess:  # it has just ended by itself
+        for process in ranks:
+            process.send_signal(number)
+        if not ranks:
+            os.killpg(launcher, number)
+    except (psutil.NoSuchProcess, ProcessLookupError):  # it has just ended by itself
         pass
 
 
