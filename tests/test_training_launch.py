@@ -19,6 +19,7 @@ from training_helpers import command, environment, lines, losses, options, run, 
 
 from fastclip.data.demo import write_demo
 from fastclip.training.__main__ import main
+from fastclip.training.launch import _shell_status
 
 TIMEOUT = 300
 
@@ -252,3 +253,11 @@ def test_a_rank_that_is_killed_ends_the_run(data: Path, tmp_path: Path, curve: l
         assert tree(process) == []
     result = run("launch", options(data, out, steps=len(lines(out)) + 2, resume="latest"))
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [(0, 0), (1, 1), (2, 2), (-15, 143), (241, 143), (-9, 137), (143, 143), (130, 130), (255, 255)],
+)
+def test_a_launcher_that_a_signal_ended_has_a_shells_exit_status(status: int, expected: int) -> None:
+    assert _shell_status(status) == expected

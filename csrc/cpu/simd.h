@@ -1,7 +1,7 @@
 // One processor register of fp32 lanes in GCC's vector extension, and the few small products that CLIP's ops need on them.
 //
 // The sources are compiled twice (fastclip/ops/_extension.py): with sixteen lanes for AVX-512 alone, and with eight for
-// everything else. Vectors wider than a register live in memory: sixteen lanes under AVX2 are eight times as slow as eight.
+// everything else. Vectors wider than a register live in memory: sixteen lanes under AVX2 took six to eight times as long as eight.
 // In the library of eight everything is always_inline: a function marked FASTCLIP_MULTIVERSION that calls it is compiled
 // for AVX2 and for any x86-64 (or ARM), and the loader picks the right one.
 #pragma once

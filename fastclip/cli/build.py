@@ -14,7 +14,7 @@ from fastclip.errors import UserError
 class Build:
     """Compile the C++ kernels of csrc/ into the package: faster training on the CPU.
 
-    Takes about a minute; needs a C++ compiler and a checkout of the sources.
+    Takes a minute or two; needs a C++ compiler and a checkout of the sources.
 
     Example: fastclip build
     """
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     reason = _extension.missing()
     if reason is not None:
         raise UserError(f"the kernels cannot be built: {reason}")
-    print(f"Compiling {', '.join(_extension.SOURCES)} (about a minute)", flush=True)
+    print(f"Compiling {', '.join(_extension.SOURCES)} (a minute or two)", flush=True)
     start = time.monotonic()
     libraries = _extension.build()
     print(f"Built {', '.join(map(str, libraries))} in {time.monotonic() - start:.0f} s")

@@ -124,5 +124,5 @@ def _fitting(options: Plan) -> tuple[TrainConfig, Memory]:
         config = replace(base, zero_stage=options.zero_stage, recompute=options.recompute)
         return config, memory(config, options.gpus, tokens)
     stages = [options.zero_stage] if options.zero_stage >= 0 else [1, 2, 3]
-    recomputes = RECOMPUTES if options.recompute == "auto" else [options.recompute]
+    recomputes = RECOMPUTES if options.recompute == "auto" else (options.recompute,)
     return cheapest(base, options.gpus, options.memory * GB, stages, recomputes, tokens)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastclip.errors import UserError
 
 PER_TENSOR = ("lamb", "stableadamw")  # optimizers
+Recompute = Literal["none", "selective", "full"]  # from the cheapest; all give the same gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class TrainConfig:
     """Pairs in one optimizer step, over all ranks: every pair sees all the others as negatives."""
     chunk_size: int = 0
     """Pairs a rank forwards at once (gradient caching: same gradient, less memory); 0 is all it has."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """What backward computes again instead of keeping it: LayerNorm, attention and activation (selective), or whole
     blocks (full); same gradient."""
     fit: bool = False

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
 from fastclip.errors import UserError
-from fastclip.training.config import PER_TENSOR, TrainConfig
+from fastclip.training.config import PER_TENSOR, Recompute, TrainConfig
 from fastclip.training.plan import Memory, memory
 from fastclip.training.processes import Processes
 
 GB = 1e9
 SHARE = 0.85  # of the memory that a run may take by the plan, which was off by 13 % at worst
 THIN = 64  # pairs: products of smaller chunks are slow, so that recomputing costs less
-RECOMPUTES = ("none", "selective", "full")  # from the cheapest; all give the same gradient
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 def cheapest(
@@ -24,7 +25,7 @@ def cheapest(
     world_size: int,
     capacity: float,
     stages: Sequence[int],
-    recomputes: Sequence[str] = RECOMPUTES,
+    recomputes: Sequence[Recompute] = RECOMPUTES,
     text_tokens: float | None = None,
 ) -> tuple[TrainConfig, Memory]:
     """The config that fits, and what it takes: the first stage that does, the first of `recomputes`, the largest chunk.
@@ -39,7 +40,7 @@ def cheapest(
             for chunk in _halves(largest):
                 if chunk < min(THIN, largest) and recompute != recomputes[-1]:
                     break
-                last = replace(config, zero_stage=stage, recompute=recompute, chunk_size=chunk)  # type: ignore[arg-type]
+                last = replace(config, zero_stage=stage, recompute=recompute, chunk_size=chunk)
                 need = memory(last, world_size, text_tokens)
                 if need.total <= SHARE * capacity:
                     return last, need

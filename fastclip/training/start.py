@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -142,8 +142,8 @@ def _with_precision(config: TrainConfig, processes: Processes) -> tuple[TrainCon
     slow = f"{processes.device.type} has no bf16 products"
     if config.precision == "bf16":
         return config, [f"{slow}: this will be far slower than --precision fp32"] * is_slow
-    precision = "fp32" if is_slow else "bf16"
-    return replace(config, precision=precision), [f"{slow}: computes in fp32"] * is_slow  # type: ignore[arg-type]
+    precision: Literal["fp32", "bf16"] = "fp32" if is_slow else "bf16"
+    return replace(config, precision=precision), [f"{slow}: computes in fp32"] * is_slow
 
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
