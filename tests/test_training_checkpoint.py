@@ -14,10 +14,11 @@ from training_helpers import debug_model, small_data
 from fastclip.data import Tokenizer, get_tokenizer
 from fastclip.errors import UserError
 from fastclip.models import get_config, load_checkpoint
-from fastclip.training import checkpoint
-from fastclip.training.checkpoint import Checkpoints, clean, find_checkpoint, write_atomically
+from fastclip.training import step_folder
+from fastclip.training.checkpoint import Checkpoints, find_checkpoint
 from fastclip.training.config import TrainConfig
 from fastclip.training.processes import Processes, start_processes, stop_processes
+from fastclip.training.step_folder import clean, write_atomically
 from fastclip.training.torch_engine import TorchEngine
 
 IDENTITY = {"engine": "torch", "world_size": 1}
@@ -99,11 +100,11 @@ INSTANTS = {
     "engine state": "fastclip.training.torch_engine.TorchEngine.save_state",
     "random states": "fastclip.training.checkpoint._random_states",
     "weights": "fastclip.training.checkpoint.save_model",
-    "manifest": "fastclip.training.checkpoint._write_manifest",
-    "flush": "fastclip.training.checkpoint._flush",
-    "removal of the old": "fastclip.training.checkpoint._remove",
+    "manifest": "fastclip.training.checkpoint.write_manifest",
+    "flush": "fastclip.training.step_folder.flush",
+    "removal of the old": "fastclip.training.checkpoint.remove",
     "latest": "fastclip.training.checkpoint.write_atomically",
-    "deletion": "fastclip.training.checkpoint.shutil.rmtree",
+    "deletion": "fastclip.training.step_folder.shutil.rmtree",
 }
 
 
@@ -198,7 +199,7 @@ def test_a_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def break_off(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", break_off)
+    monkeypatch.setattr(step_folder, "flush", break_off)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, "second")
     assert path.read_text() == "first"

@@ -1,17 +1,14 @@
-"""From open_clip: its command lines, its checkpoints, and its own trainer beside ours on the same images."""
+"""From open_clip: its command lines, checkpoints from it and to it. Its trainer beside ours: test_training_twin.py."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from peers import peer_module
 from torch import Tensor
-from training_helpers import MODEL, losses, options
+from training_helpers import MODEL, options
 
 from fastclip.data import Loader, get_tokenizer, normalize_image
 from fastclip.data.demo import write_demo
@@ -23,7 +20,7 @@ from fastclip.training.open_clip import read_checkpoint, translate
 from fastclip.training.optim import parameter_groups
 from fastclip.training.recipes import RECIPES
 
-BATCH, STEPS, LR, WARMUP = 64, 50, 1e-3, 5
+BATCH = 64
 LAION = """torchrun --nproc_per_node 8 --nnodes=4 -m open_clip_train.main --train-data '/data/{00000..41455}.tar'
  --train-num-samples 400000000 --dataset-type webdataset --batch-size 256 --accum-freq 4 --epochs 32 --warmup 2000
  --lr 5e-4 --wd 0.2 --precision amp --workers 8 --model ViT-B-32 --local-loss --gather-with-grad --imagenet-val /val
@@ -114,62 +111,6 @@ def batches(data: Path, count: int) -> list[tuple[Tensor, Tensor]]:
     loader = Loader(str(data), get_tokenizer(str(data / "tokenizer.json"), 32), 64, BATCH, workers=0)
     made = (loader[step] for step in range(count))
     return [(normalize_image(b["image"], config.image_mean, config.image_std, torch.float32), b["text"]) for b in made]
-
-
-def theirs(data: Path, saved: Path, save_at: int) -> list[float]:
-    """The losses of open_clip's own `train_one_epoch`, which writes its checkpoint as its `main` does."""
-    open_clip = peer_module("open_clip")
-    trainer, scheduler = (peer_module(f"open_clip_train.{name}") for name in ("train", "scheduler"))
-    torch.manual_seed(0)
-    ours = create_model(MODEL)
-    model = open_clip.CLIP(**ours.config.to_dict()["model_cfg"], output_dict=True)
-    model.load_state_dict(ours.state_dict())
-
-    def is_plain(name: str, p: Tensor) -> bool:
-        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
-
-    named = list(model.named_parameters())
-    plain, rest = ([p for name, p in named if is_plain(name, p) == wanted] for wanted in (True, False))
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.2}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
-    seen: list[float] = []
-
-    class Recording(open_clip.ClipLoss):  # type: ignore[name-defined, misc]
-        def forward(self, *arguments: Any, **keywords: Any) -> Any:
-            found = super().forward(*arguments, **keywords)
-            seen.append(float(found["contrastive_loss"]))
-            return found
-
-    class Part(list):  # type: ignore[type-arg]
-        num_batches, num_samples = save_at, save_at * BATCH
-
-    everything = batches(data, STEPS)
-    args = Namespace(
-        device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=False, horovod=False, rank=0,
-        grad_clip_norm=None, log_every_n_steps=1000, world_size=1, batch_size=BATCH, wandb=False, local_rank=0,
-    )  # fmt: skip
-    for epoch in range(STEPS // save_at):
-        part = Part(everything[epoch * save_at : (epoch + 1) * save_at])
-        source = {"train": SimpleNamespace(dataloader=part, set_epoch=lambda epoch: None)}
-        lr = scheduler.cosine_lr(optimizer, LR, WARMUP, STEPS)
-        trainer.train_one_epoch(model, source, Recording(), epoch, optimizer, None, lr, None, args)
-        if epoch == 0:
-            torch.save({"epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
-    return seen
-
-
-@pytest.mark.long
-@pytest.mark.peer
-def test_the_curve_is_open_clips(data: Path, tmp_path: Path) -> None:
-    """Real digits and scenes, the same weights, 50 steps in fp32."""
-    saved = tmp_path / "epoch_1.pt"
-    curve = theirs(data, saved, STEPS // 2)
-    changed = {"global_batch": BATCH, "chunk_size": 16, "steps": STEPS, "warmup": WARMUP, "schedule": "open_clip"}
-    changed |= {"lr": LR, "weight_decay": 0.2, "engine": "torch"}
-    words = [*options(data, tmp_path / "whole", **changed), "--decay-embeddings"]
-    assert main(words) == 0
-    assert losses(tmp_path / "whole") == pytest.approx(curve, rel=1e-4)
-    assert curve[-1] < 0.8 * curve[0]
 
 
 @pytest.mark.peer

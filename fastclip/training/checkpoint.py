@@ -12,10 +12,7 @@ runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,13 +29,24 @@ from fastclip.models import resolve_checkpoint
 from fastclip.models.checkpoint import LATEST, STEPS, WEIGHTS, save_model
 from fastclip.models.config import CLIPConfig
 from fastclip.training.engine import Engine
+from fastclip.training.mirror import Mirror
 from fastclip.training.open_clip import read_checkpoint
 from fastclip.training.processes import Processes
+from fastclip.training.step_folder import (
+    MANIFEST,
+    WRITING,
+    clean,
+    flush,
+    link,
+    read_json,
+    remove,
+    sha256,
+    write_atomically,
+    write_manifest,
+)
 
-MANIFEST, DATA, STATE, MOMENTS, EMA = "manifest.json", "data.json", "state", "optimizer.safetensors", "ema"
+DATA, STATE, MOMENTS, EMA = "data.json", "state", "optimizer.safetensors", "ema"
 LAYOUT = ("engine", "world_size", "zero_stage")  # of `identity`: what a portable checkpoint may be taken up without
-_CHUNK = 1 << 22
-_WRITING, _DELETING = ".writing_", ".deleting_"
 
 
 class NotSaved(UserError):
@@ -73,10 +81,11 @@ class Checkpoints:
         keep: int,
         is_portable: bool = True,
         in_background: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
         self.run, self.model, self.tokenizer, self.identity = run, model, tokenizer, identity
         self.processes, self.keep = processes, keep
-        self.is_portable, self.in_background = is_portable, in_background
+        self.is_portable, self.in_background, self.mirror = is_portable, in_background, mirror
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -95,7 +104,7 @@ class Checkpoints:
         """
         self.wait()
         steps = self.run / STEPS
-        final, aside = steps / f"step_{step:08d}", steps / f"{_WRITING}{step:08d}"
+        final, aside = steps / f"step_{step:08d}", steps / f"{WRITING}{step:08d}"
         with self._failing_together():
             if self.processes.is_first:
                 clean(self.run)
@@ -120,6 +129,13 @@ class Checkpoints:
             if writing:
                 writing.result()
 
+    def finish(self) -> None:
+        """Returns when the last save is safe on disk, and in the mirror if there is one (or it has said why not)."""
+        self.wait()
+        newest = find_checkpoint("latest", self.run)
+        if self.mirror and newest:
+            self.mirror.finish(newest)
+
     def _complete(
         self,
         step: int,
@@ -139,16 +155,18 @@ class Checkpoints:
         if moments is not None:
             save_file(moments, aside / MOMENTS)
         (aside / DATA).write_text(data)
-        _write_manifest(aside, step, self.identity)
-        _remove(final)
+        write_manifest(aside, step, self.identity)
+        remove(final)
         aside.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
         write_atomically(self.run / LATEST, f"{final.name}\n")
         if EMA in models:
-            _link(self.run / EMA, final / EMA)
+            link(self.run / EMA, final / EMA)
         # Of a run that went back to an earlier step the later folders stay, until it reaches them.
         for old in sorted(path for path in final.parent.glob("step_*") if path.name <= final.name)[: -self.keep]:
-            _remove(old)
+            remove(old)
+        if self.mirror:
+            self.mirror.push(final)
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -169,7 +187,7 @@ class Checkpoints:
 
         Raises UserError naming what differs: another model, engine, world size, stage or precision, or a damaged file.
         """
-        manifest = _read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         try:
             step, identity, files = manifest["step"], manifest["identity"], manifest["files"]
             sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -179,9 +197,9 @@ class Checkpoints:
             path = folder / name
             if not path.is_file():
                 raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
-            if path.stat().st_size != size or (self.processes.is_first and _sha256(path) != digest):
+            if path.stat().st_size != size or (self.processes.is_first and sha256(path) != digest):
                 raise UserError(f"checkpoint {folder} is damaged: {name} is not what its manifest says")
-        saved_model = CLIPConfig.from_dict(_read_json(folder / "open_clip_config.json"))
+        saved_model = CLIPConfig.from_dict(read_json(folder / "open_clip_config.json"))
         if saved_model != self.model:
             changed = ", ".join(_differences(saved_model, self.model))
             raise UserError(f"checkpoint {folder} holds another architecture than --model: {changed}")
@@ -193,7 +211,7 @@ class Checkpoints:
                     why = f" and holds no {MOMENTS} (--portable; not for Muon at ZeRO-1 and 2)" if key in LAYOUT else ""
                     raise UserError(f"{written}{why}; this run has {key} = {value}")
                 moved.append(f"{key} {identity.get(key)} -> {value}")
-        data = _read_json(folder / DATA)
+        data = read_json(folder / DATA)
         return Saved(folder, step, identity, data["loader"], data["progress"], ", ".join(moved))
 
     def average(self, saved: Saved) -> dict[str, Tensor] | None:
@@ -240,47 +258,6 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
     return folder
 
 
-def clean(run: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted."""
-    for pattern in (f"{_WRITING}*", f"{_DELETING}*"):
-        for path in (run / STEPS).glob(pattern):
-            shutil.rmtree(path)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """`text` as the whole content of `path`, or what was there before; on disk when this returns."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _flush(aside)
-    aside.rename(path)
-    _flush(path.parent)
-
-
-def _link(path: Path, target: Path) -> None:
-    """Makes `path` a link to `target`, in place of the one that is there."""
-    aside = path.with_name(f".{path.name}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target.relative_to(path.parent))
-    aside.rename(path)
-
-
-def _write_manifest(folder: Path, step: int, identity: dict[str, Any]) -> None:
-    """The list of all files in `folder`, which are on disk when this returns."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "identity": identity, "files": entries}, indent=1))
-    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _flush(path)
-
-
-def _remove(folder: Path) -> None:
-    """Deletes a step folder; a kill in the midst leaves it whole, or under a name that is no step's."""
-    if folder.exists():
-        doomed = folder.with_name(f"{_DELETING}{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def _differences(saved: Any, wanted: Any, where: str = "") -> list[str]:
     """`field: saved, not wanted` for every field in which two configs differ."""
     lines = []
@@ -301,26 +278,3 @@ def _random_states() -> dict[str, torch.Tensor]:
 def _in_a_line(failure: Exception) -> str:
     kind = "" if isinstance(failure, OSError) else f"{type(failure).__name__}: "
     return kind + " ".join(str(failure).split())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

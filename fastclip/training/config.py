@@ -192,6 +192,9 @@ class TrainConfig:
     ZeRO stage or engine."""
     background_save: bool = True
     """Hash and flush them while training goes on."""
+    mirror: str = ""
+    """URL of a second place for them (s3://, gs://, any that fsspec writes), copied to beside training; --resume latest
+    takes up its newest where `out` has none as new."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
     wandb: str = ""

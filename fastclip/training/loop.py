@@ -119,7 +119,7 @@ class Trainer:
                 self._log(batch["epoch"], loss, factor, result, elapsed)
                 if self.quarantine.is_full:
                     self._save()
-                    self.start.checkpoints.wait()
+                    self.start.checkpoints.finish()
                     raise self.quarantine.error()
                 if self.step % STEPS_BETWEEN_TRIMS == 0:
                     give_back_memory()
@@ -152,6 +152,7 @@ class Trainer:
             if asked != GO_ON:
                 end = f"Stopped after {self.step} steps and saved; --resume latest --out {self.start.run} goes on."
             print(f"{end} Report: {report}", flush=True)
+        self.start.checkpoints.finish()
         self.processes.barrier()
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch, Exception | None]:

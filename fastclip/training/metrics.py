@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastclip.training.checkpoint import write_atomically
 from fastclip.training.config import TrainConfig
 from fastclip.training.processes import Processes
 from fastclip.training.progress import progress_on
+from fastclip.training.step_folder import write_atomically
 
 Sink = Callable[[dict[str, float], int], Any]
 

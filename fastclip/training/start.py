@@ -21,15 +21,17 @@ from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, CLIPConfig, create_model
 from fastclip.models.fp8 import use_fp8
-from fastclip.training.checkpoint import Checkpoints, Saved, clean, find_checkpoint
+from fastclip.training.checkpoint import Checkpoints, Saved, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.engine import computes_in_bf16
 from fastclip.training.environment import environment
 from fastclip.training.fit import fit
+from fastclip.training.mirror import Mirror
 from fastclip.training.model import model_of
 from fastclip.training.open_clip import is_open_clip_checkpoint, read_checkpoint
 from fastclip.training.processes import Processes
+from fastclip.training.step_folder import clean
 
 TEACHER = ("teacher_image", "teacher_text")  # features stored beside the samples
 
@@ -101,6 +103,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         config, chosen = fit(config, processes)
         notes.append(chosen)
     with processes.one_mistake_for_all():
+        run = _writable(Path(config.out or name))
+        mirror = Mirror(config.mirror, run, config.keep) if config.mirror and processes.is_first else None
+        if mirror and config.resume == "latest":
+            mirror.pull()
+    with processes.one_mistake_for_all():
         for package in ["tensorboard"] * config.tensorboard + ["wandb"] * bool(config.wandb):
             if find_spec(package) is None:
                 raise UserError(f"--{package} needs the package {package}: pip install {package}")
@@ -110,7 +117,6 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         if config.engine == "deepspeed":
             config, ds_config, conflicts = resolve_deepspeed(config, processes.world_size)
             notes += [f"{config.deepspeed_config} sets {line}" for line in conflicts]
-        run = _writable(Path(config.out or name))
         config = replace(config, out=str(run))
         _check_loss(config, processes.device)
         checkpoints = Checkpoints(
@@ -122,6 +128,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             keep=config.keep,
             is_portable=config.portable and not has_flat_momentum(config),
             in_background=config.background_save,
+            mirror=mirror,
         )
         resumed = _resumed(config, run, checkpoints, loader)
         torch.manual_seed(config.seed)

@@ -76,7 +76,7 @@ class Part:
             "background": scene.background,
             "captions": captions[:1] if self.name == "scenes_test" else captions,
         }
-        return key, _files(render_scene(scene, stream), meta | extra)
+        return key, sample_files(render_scene(scene, stream), meta | extra)
 
     def _digit(self, number: int) -> tuple[str, Files]:
         images, labels, chosen = self._digits
@@ -86,10 +86,11 @@ class Part:
         stream = Stream(self.seed, key)
         meta = {"source": "digits", "label": label, "number": int(chosen[place]), "objects": []}
         image = enlarge(images[chosen[place]], stream if turn else None)
-        return key, _files(image, meta | {"captions": digit_captions(label, stream)})
+        return key, sample_files(image, meta | {"captions": digit_captions(label, stream)})
 
 
-def _files(pixels: np.ndarray, meta: dict[str, Any]) -> Files:
+def sample_files(pixels: np.ndarray, meta: dict[str, Any]) -> Files:
+    """An image (H, W, 3) uint8 and its "captions" among `meta` as a shard's record holds them."""
     from PIL import Image
 
     png = io.BytesIO()
