@@ -2,9 +2,10 @@
 
     python -m benchmarks.goodput [--kills-every 600] [--out FILE.csv]
 
-The demo's recipe trains through the launcher, is saved every few steps, killed with SIGKILL and taken up again. From
-what that took, kills at random (exponential) instants are simulated for each interval between saves: goodput is the
-share of the time that went into steps which are kept. Exit 1 where the best is below 98 %, or a save stalls a step.
+The demo's recipe trains under `torchrun --max-restarts`, saved every few steps; one of its ranks is killed with SIGKILL
+and the run goes on. From what that took, kills at random (exponential) instants are simulated for each interval between
+saves: goodput is the share of the time that went into steps which are kept. Exit 1 where the best is below 98 %, or a
+save stalls a step.
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks import machine
 
 LEAST = 0.98
 SAVE_EVERY, SAVES = 3, 4
-TIMEOUT = 900.0
+TIMEOUT = 240.0
 DAYS = 100
 INTERVALS = (2.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -40,41 +41,53 @@ class Costs:
     step: float
     stall: float  # that a save takes from training
     durable: float  # from a save's step to the checkpoint that a kill leaves
-    restart: float  # from the launcher's start to the first step's
+    restart: float  # from the kill to the first step's begin
 
 
 class Run:
-    """A run under the launcher, and when each of its steps and checkpoints came."""
+    """A run under torchrun, which starts all ranks anew when one dies; and when each step and checkpoint came."""
 
     def __init__(self, data: Path, out: Path) -> None:
-        words = ["-m", "fastclip.training.launch", "--recipe", "demo", "--data", str(data), "--out", str(out)]
-        words += ["--minutes", "0", "--steps", "100000", "--log-every", "1", "--save-every", str(SAVE_EVERY)]
-        words += ["--resume", "latest", "--eval-every", "0"]
-        self.out, self.log = out, out.parent / "log"
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--max-restarts",
+            "9",
+            "-m",
+            "fastclip.training",
+        ]
+        words += ["--recipe", "demo", "--data", str(data), "--out", str(out), "--minutes", "0", "--steps", "100000"]
+        words += ["--log-every", "1", "--save-every", str(SAVE_EVERY), "--resume", "latest", "--eval-every", "0"]
+        self.out, self.log, self.last = out, out.parent / "log", 0
         self.steps: dict[int, float] = {}
         self.saves: dict[int, float] = {}
-        before = self._last_step()
-        self.began = time.monotonic()
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, start_new_session=True)
-        self.first = before + 1
+            self.process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
 
-    def until(self, saves: int) -> None:
-        """Looks until so many checkpoints of this run are there."""
+    def until(self, is_enough: Callable[[], bool]) -> None:
+        """Looks at what it writes until then."""
         end = time.monotonic() + TIMEOUT
-        while len(self.saves) < saves:
+        while not is_enough():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"it ended, or made no step: {self.log.read_text()[-2000:]}")
             time.sleep(0.005)
             step, saved = self._last_step(), self._last_save()
-            if step >= self.first:
-                self.steps.setdefault(step, time.monotonic())
-            if saved >= self.first:
+            if step and step != self.last:
+                self.last = step
+                self.steps[step] = time.monotonic()
+            if saved:
                 self.saves.setdefault(saved, time.monotonic())
 
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def end(self) -> None:
+        processes = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes)
 
     def intervals(self) -> tuple[list[float], list[float]]:
         """Seconds from one step to the next, (of those without a save, of those with one) between them."""
@@ -105,16 +118,18 @@ def measured(folder: Path) -> Costs:
     data, out = folder / "data", folder / "run"
     write_demo(data, scenes=8_000)
     run = Run(data, out)
-    run.until(SAVES)
-    run.kill()
-    plain, saving = run.intervals()
-    step = statistics.median(plain)
-    durable = [at - run.steps[save] for save, at in run.saves.items() if save in run.steps]
-    again = Run(data, out)
-    again.first = max(run.saves) + 1  # the lines behind the checkpoint are the killed run's until it drops them
-    again.until(1)
-    again.kill()
-    restart = again.steps[again.first] - again.began - step
+    try:
+        run.until(lambda: len(run.saves) == SAVES)
+        plain, saving = run.intervals()
+        step = statistics.median(plain)
+        durable = [at - run.steps[save] for save, at in run.saves.items()]
+        first = max(run.saves) + 1
+        run.ranks()[-1].kill()
+        killed = time.monotonic()
+        run.until(lambda: run.last == first and run.steps[first] > killed)
+        restart = run.steps[first] - killed - step
+    finally:
+        run.end()
     return Costs(step, statistics.median(saving) - step, statistics.median(durable), restart)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
 from contrastive_loss_helpers import free_port, run_on_ranks
@@ -228,6 +229,30 @@ def test_the_others_end_and_name_the_rank(
     assert message in line
     assert str(culprit) in line.partition(":")[2].split(" has ")[0]
     assert spent < (60 if limit == 40.0 else 30), f"{spent:.0f} s"
+
+
+@pytest.mark.long
+def test_torchrun_starts_the_ranks_anew(data: Path, tmp_path: Path) -> None:
+    """`--max-restarts`: a rank is killed, the run goes on from its checkpoint to its end as if nothing had happened."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    changed = {"steps": 40, "save_every": 1, "schedule": "constant"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words = command("torchrun", options(data, out, resume="latest", **changed))
+    words.insert(words.index("--nproc_per_node"), "--max-restarts=1")
+    with subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as agent:
+        try:
+            wait_for(lambda: (out / "latest").is_file() and len(lines(out)) >= 3, agent)
+            psutil.Process(agent.pid).children()[-1].kill()
+            said, _ = agent.communicate(timeout=TIMEOUT)
+        finally:
+            agent.terminate()
+    assert agent.returncode == 0, said
+    assert "Goes on from" in said
+    assert run("torchrun", options(data, whole, **changed)).returncode == 0
+    ours, truth = ([(line["step"], line["loss"]) for line in lines(folder)] for folder in (out, whole))
+    assert ours == truth
 
 
 @pytest.mark.long

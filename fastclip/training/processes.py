@@ -86,7 +86,11 @@ def start_processes() -> Processes:
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            # torchrun's restarts share a store: without a place of their own ranks would look for the dead ones there.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"fastclip/attempt_{attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None

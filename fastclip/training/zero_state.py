@@ -31,8 +31,8 @@ class ZeroState:
         self.masters = self._masters()
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        """The fp32 weights behind those of ZeRO-0, which are in fp32 themselves or in bf16 or fp16 with a copy."""
-        if self.is_bare:
+        """The whole fp32 weights that a rank has: below ZeRO-3 its own in an fp32 run, at ZeRO-0 a copy in others."""
+        if self.is_bare or (self.stage < 3 and all(p.dtype == torch.float32 for p in self.names)):
             return {parameter: parameter for parameter in self.names}
         if self.stage > 0:
             return {}
