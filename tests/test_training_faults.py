@@ -239,9 +239,7 @@ def test_torchrun_starts_the_ranks_anew(data: Path, tmp_path: Path) -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     words = command("torchrun", options(data, out, resume="latest", **changed))
     words.insert(words.index("--nproc_per_node"), "--max-restarts=1")
-    with subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as agent:
+    with subprocess.Popen(words, env=environment(), **pipes) as agent:
         try:
             wait_for(lambda: (out / "latest").is_file() and len(lines(out)) >= 3, agent)
             psutil.Process(agent.pid).children()[-1].kill()
