@@ -22,6 +22,7 @@ from benchmarks.case import PHASES, Budget, Case, Problem, Variant
 from benchmarks.cases import CASES, ENCODERS, LOSSES
 from benchmarks.cases.losses import pairs
 from benchmarks.gate import Errors, allowed, errors_of, passes
+from benchmarks.goodput import Costs, goodput
 from benchmarks.harness import DeviceLost, Run, measure
 from benchmarks.memory import peak_cpu
 from benchmarks.runner import Remote
@@ -464,3 +465,13 @@ def test_ending_the_lab_ends_its_processes(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_goodput_is_the_share_that_is_kept() -> None:
+    """Against the arithmetic of small costs: restart, half an interval and the time a save takes, of 600 s each."""
+    costs = Costs(step=1.0, stall=0.1, durable=0.5, restart=6.0)
+    for interval in (10.0, 20.0, 60.0):
+        lost = (costs.restart + costs.durable + interval / 2) / 600 + costs.stall / interval
+        assert goodput(costs, interval, 600.0) == pytest.approx(1 - lost, abs=0.004)
+    assert goodput(Costs(1.0, 0.0, 0.0, 0.0), 1.0, 600.0) > 0.999
+    assert goodput(Costs(1.0, 0.0, 0.0, 1e6), 1.0, 600.0) == 0
