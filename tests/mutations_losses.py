@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,37 +182,39 @@ MUTATIONS = (
 )
 
 
-def is_red(folder: Path, tests: str) -> bool:
-    """Whether the tests fail in a copy of the package; a run that collects none is an error."""
-    path, name = tests.split(" ", 1)
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", path, "-k", name]
-    environment = os.environ | {"PYTHONPATH": str(folder), "CI": ""}
-    result = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+def is_red(tests: str, mutation: Mutation | None = None) -> bool:
+    """Whether the tests fail in a copy of the package, broken or as it is; a run that collects none is an error."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("fastclip", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutation:
+            path = folder / mutation.path
+            text = path.read_text()
+            assert text.count(mutation.before) == 1, f"{mutation.name}: {mutation.path} has changed"
+            path.write_text(text.replace(mutation.before, mutation.after))
+        file, name = tests.split(" ", 1)
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file, "-k", name]
+        environment = os.environ | {"PYTHONPATH": str(folder), "CI": "", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
     if result.returncode not in (0, 1):
         raise RuntimeError(f"{tests}: pytest ended with {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result.returncode == 1
 
 
 def survivors(wanted: str = "") -> list[str]:
-    """The names of the mutations, of those whose name has `wanted`, that no test notices."""
+    """The names of the mutations, of those whose name has `wanted`, that no test notices; one on each core."""
     chosen, alive = [mutation for mutation in MUTATIONS if wanted in mutation.name], []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name in ("fastclip", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        for tests in sorted({mutation.tests for mutation in chosen}):
-            if is_red(folder, tests):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = sorted({mutation.tests for mutation in chosen})
+        for tests, red in zip(files, pool.map(is_red, files), strict=True):
+            if red:
                 raise RuntimeError(f"{tests} is red before anything is broken")
-        for mutation in chosen:
-            path = folder / mutation.path
-            text = path.read_text()
-            assert text.count(mutation.before) == 1, f"{mutation.name}: {mutation.path} has changed"
-            path.write_text(text.replace(mutation.before, mutation.after))
-            red = is_red(folder, mutation.tests)
-            path.write_text(text)
+        found = pool.map(lambda mutation: is_red(mutation.tests, mutation), chosen)
+        for mutation, red in zip(chosen, found, strict=True):
             print(f"{'red' if red else 'ALIVE'}  {mutation.name}", flush=True)
             alive += [] if red else [mutation.name]
     return alive

@@ -114,7 +114,7 @@ def test_deepspeed_command(data: Path, tmp_path: Path, curve: list[float]) -> No
 def test_the_demo_at_half_its_chunk_size(tmp_path: Path) -> None:
     """The demo's own model, data, batch and Muon under the launcher: one curve in fp32."""
     data = tmp_path / "data"
-    write_demo(data)
+    write_demo(data, scenes=8_000)
     for chunk_size in (128, 64):
         words = ["--recipe", "demo", "--data", str(data), "--out", str(tmp_path / str(chunk_size)), "--minutes", "0"]
         words += ["--precision", "fp32", "--steps", "8", "--warmup", "4", "--log-every", "1"]
@@ -220,13 +220,13 @@ def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(3))
-def test_sigkill_at_any_instant_loses_nothing(data: Path, tmp_path: Path, seed: int) -> None:
-    """Every step is saved, so that many kills fall into a save; the run that is resumed gives the same curve."""
+def test_sigkill_at_any_instant_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """Every step is saved, so that many kills fall into a save; the run that is resumed gives the same curve. As a user
+    starts it; test_training_kills.py kills more often, in processes that start faster."""
     out, steps = tmp_path / "out", 40
     arguments = options(data, out, engine="torch", steps=steps, save_every=1, keep=2, chunk_size=16)
     assert run("python", [*arguments, "--out", str(tmp_path / "whole")]).returncode == 0
-    dice, status = random.Random(seed), -signal.SIGKILL
+    dice, status = random.Random(0), -signal.SIGKILL
     for kills in range(4):
         resume = ["--resume", "latest"] if (out / "latest").is_file() else []
         with started("python", [*arguments, *resume]) as process:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil  # not within the handler of a signal: a second one would find half of it
+
 MODULE = "fastclip.training"
 
 
@@ -69,8 +71,6 @@ def _shell_status(status: int) -> int:
 def _forward(launcher: int, number: int) -> None:
     """The signal to the ranks, who are the children of the launcher's child; before there are any, to the session:
     that child would still start them."""
-    import psutil
-
     number = signal.SIGTERM if number == signal.SIGHUP else number
     try:
         ranks = [rank for child in psutil.Process(launcher).children() for rank in child.children()]
