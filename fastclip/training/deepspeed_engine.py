@@ -11,7 +11,6 @@ import copy
 import difflib
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -197,12 +196,11 @@ class DeepSpeedEngine:
     def _muon_settings(self) -> Iterator[None]:
         """How DeepSpeed's Muon orthogonalises matrices, within the reduction or the step.
 
-        On the CPU without the compiler, which costs more there than it can ever save (and is not loaded, if nobody but
-        this engine would). In an fp32 run in fp32: in bf16 or fp16, DeepSpeed's choice, a difference in a gradient's
-        last bit is one of 3e-5 in the loss 8 steps later.
+        On the CPU without the compiler, which costs more there than it can ever save. In an fp32 run in fp32: in bf16
+        or fp16, DeepSpeed's choice, a difference in a gradient's last bit is one of 3e-5 in the loss 8 steps later.
         """
         with ExitStack() as settings:
-            if self.processes.device.type == "cpu" and "torch._dynamo" in sys.modules:
+            if self.processes.device.type == "cpu":
                 settings.enter_context(torch.compiler.set_stance("force_eager"))
             if self.has_muon and self.dtype == torch.float32:
                 dtype = "deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype"
@@ -269,7 +267,7 @@ def _optimizer(groups: list[dict[str, Any]], name: str, processes: Processes) ->
         kind = OPTIMIZERS.get(name, torch.optim.AdamW)
         return kind([{key: value for key, value in group.items() if key != "use_muon"} for group in groups])
     is_cpu = processes.device.type == "cpu"
-    # Importing it loads the compiler, a third of a run's start, for what is never compiled on a CPU.
+    # Importing it loads inductor, two seconds of a run's start, for what is never compiled on a CPU.
     with patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda f: f) if is_cpu else nullcontext():
         from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
     method = "standard" if is_cpu else "gram"  # which computes in fp16, and CPUs emulate that
