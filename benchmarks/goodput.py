@@ -48,16 +48,8 @@ class Run:
     """A run under torchrun, which starts all ranks anew when one dies; and when each step and checkpoint came."""
 
     def __init__(self, data: Path, out: Path) -> None:
-        words = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--max-restarts",
-            "9",
-            "-m",
-            "fastclip.training",
-        ]
+        words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "9"]
+        words += ["-m", "fastclip.training"]
         words += ["--recipe", "demo", "--data", str(data), "--out", str(out), "--minutes", "0", "--steps", "100000"]
         words += ["--log-every", "1", "--save-every", str(SAVE_EVERY), "--resume", "latest", "--eval-every", "0"]
         self.out, self.log, self.last = out, out.parent / "log", 0

@@ -149,7 +149,8 @@ def top1(data: Path, model: CLIP) -> float:
 
 def accuracies(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     """(open_clip's, ours) by seed."""
-    data, found = write_digits(folder / "data"), ([], [])  # type: tuple[list[float], list[float]]
+    data = write_digits(folder / "data")
+    found: tuple[list[float], list[float]] = ([], [])
     for seed in SEEDS:
         theirs(data, folder, steps, seed)
         model = create_model(MODEL)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastclip.data import Tokenizer
-from fastclip.errors import UserError
+from fastclip.errors import UserError, in_a_line
 from fastclip.models import resolve_checkpoint
 from fastclip.models.checkpoint import LATEST, STEPS, WEIGHTS, save_model
 from fastclip.models.config import CLIPConfig
@@ -176,7 +176,7 @@ class Checkpoints:
             yield
         except Exception as error:  # OSError, and what torch and safetensors make of one
             failure = error
-        said = [one for one in self.processes.gather(None if failure is None else _in_a_line(failure)) if one]
+        said = [one for one in self.processes.gather(None if failure is None else in_a_line(failure)) if one]
         if said:
             if self.processes.is_first:
                 clean(self.run)
@@ -273,8 +273,3 @@ def _differences(saved: Any, wanted: Any, where: str = "") -> list[str]:
 def _random_states() -> dict[str, torch.Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _in_a_line(failure: Exception) -> str:
-    kind = "" if isinstance(failure, OSError) else f"{type(failure).__name__}: "
-    return kind + " ".join(str(failure).split())

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastclip.errors import UserError
+from fastclip.errors import UserError, in_a_line
 from fastclip.models.files import LATEST, STEPS
 from fastclip.training.step_folder import MANIFEST, WRITING, write_atomically
 
@@ -86,7 +86,7 @@ class Mirror:
             self._copied = name
             write_atomically(self.run / LATEST, f"{name}\n")
         except Exception as error:  # what a file system may raise is its own affair
-            raise UserError(f"--mirror {self.url} cannot be read: {_in_a_line(error)}") from error
+            raise UserError(f"--mirror {self.url} cannot be read: {in_a_line(error)}") from error
 
     def _copy(self) -> None:
         while True:
@@ -99,9 +99,7 @@ class Mirror:
                 self._put(folder)
             except Exception as error:  # as above
                 if folder.exists():  # else newer ones are there already, and one of them waits
-                    print(
-                        f"\nthe mirror {self.url} cannot be written: {_in_a_line(error)}; the run goes on", flush=True
-                    )
+                    print(f"\nthe mirror {self.url} cannot be written: {in_a_line(error)}; the run goes on", flush=True)
 
     def _put(self, folder: Path) -> None:
         own = sorted(path for pattern in ("*", "eval/*") for path in self.run.glob(pattern) if path.is_file())
@@ -150,7 +148,3 @@ class Mirror:
 
     def _at(self, *parts: str) -> str:
         return posixpath.join(self._root, *parts)
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
