@@ -98,6 +98,22 @@ def test_rows_without_any_structure_are_found(width: int, tmp_path: Path, monkey
     assert vectors.build(unit(100, width, seed=1))["recall"] >= 0.99
 
 
+@pytest.mark.parametrize("shared", [-1, 1])
+def test_few_directions_are_enough_where_the_rows_vary_in_few_around_a_mean(
+    shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model's features do; a query asks along their mean, or against it."""
+    monkeypatch.setattr("fastclip.evaluation.vectors.EXACT", 1000)
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(12, 320, generator=generator)
+    mean = 2 * spread[:6].sum(0)
+    features = F.normalize(mean + torch.randn(8000, 12, generator=generator) @ spread, dim=1)
+    queries = F.normalize(shared * mean + torch.randn(100, 12, generator=generator) @ spread, dim=1)
+    vectors = filled(tmp_path / "images", features)
+    assert vectors.build(queries)["recall"] >= 0.995
+    assert vectors._index.index.d == 64
+
+
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     vectors = filled(tmp_path / "images", unit(3, 4))
     vectors.part_path(0).write_bytes(b"junk")

@@ -26,7 +26,7 @@ from fastclip.evaluation.collection import Readable, open_collection
 from fastclip.evaluation.encoder import Encoder
 from fastclip.evaluation.vectors import Vectors
 
-VERSION = 1
+VERSION = 2
 PART = 4096  # images a part: what is done again after an interruption
 QUERIES = 256  # captions that the search is measured with
 Progress = Callable[[Iterable[int]], Iterable[int]]

@@ -1,16 +1,18 @@
 """Many feature vectors on disk in fp16, in parts, with a FAISS index that finds the nearest of them.
 
 A folder `images/` holds `part-00000.npy` ... (rows, D) fp16, `images.faiss` beside it the index over all rows. Up to
-`EXACT` rows are compared one by one; above that FAISS looks into the nearest cells of a k-means partition, where it
-compares codes of four bits for two dimensions, or for one where there are few, many at once (IndexIVFPQFastScan; Andre
-et al. 2015). How many cells is measured when the index is made, on queries of the kind to come. The best candidates by
-their codes are scored again in fp32 and sorted: best first, equal scores by number.
+`EXACT` rows are compared one by one; above that FAISS projects on the rows' principal directions, looks into the
+nearest cells of a k-means partition of them, and compares codes of four bits for one or two directions, many at once
+(IndexIVFPQFastScan; Andre et al. 2015). How many directions and cells are enough is measured when the index is made, on
+queries of the kind to come. The best candidates by their codes are scored again in fp32 and sorted: best first, equal
+scores by number.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ EXACT = 20_000
 RECALL = 0.995  # of the ten nearest, that the number of cells is chosen for
 MEASURED = 10
 _ROWS_PER_CELL = 300
-_CODE_BITS, _FINE = 4, 256  # up to this width each dimension has a code of its own
+_DIRECTIONS = (64, 128)  # tried first; all of them where too few of the nearest are found with these
+_CODE_BITS, _FINE = 4, 256  # up to this many directions each has a code of its own
 _SPARE, _LEAST = 20, 200  # candidates scored again: for each result, and at least
 
 
@@ -53,7 +56,7 @@ class Vectors:
     def _open_parts(self) -> None:
         while (path := self.part_path(len(self._parts))).is_file():
             try:
-                part = np.load(path, mmap_mode="r", allow_pickle=False)
+                part = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
             except (ValueError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): delete it and run fastclip index again") from error
             self._parts.append(part)
@@ -88,11 +91,12 @@ class Vectors:
         """The rows with these numbers, fp32."""
         numbers = np.asarray(numbers, dtype=np.int64)
         part_of = np.searchsorted(self._starts, numbers, side="right") - 1
-        found = np.empty((len(numbers), self._parts[0].shape[1]), dtype=np.float32)
-        for part in np.unique(part_of):
-            here = part_of == part
-            found[here] = self._parts[part][numbers[here] - self._starts[part]]
-        return torch.from_numpy(found)
+        found = np.empty((len(numbers), self._parts[0].shape[1]), dtype=np.float16)
+        starts = np.flatnonzero(np.diff(part_of, prepend=-1))  # of runs that lie in one part
+        for first, end in pairwise([*starts.tolist(), len(numbers)]):
+            part = part_of[first]
+            found[first:end] = self._parts[part][numbers[first:end] - self._starts[part]]
+        return torch.from_numpy(found).float()
 
     def build(self, queries: Tensor | None = None, recall: float = RECALL) -> dict[str, Any]:
         """Writes the index over all parts and returns {"cells", "looked_into", "recall"}; nothing for few rows.
@@ -104,40 +108,51 @@ class Vectors:
         self._index = None
         if len(self) <= EXACT:
             return {"cells": 0, "looked_into": 0, "recall": 1.0}
+        generator = np.random.default_rng(0)
+        asked = self.rows(np.sort(generator.choice(len(self), 256, replace=False))) if queries is None else queries
+        wanted = self._exact(asked, MEASURED, None)[1].tolist()
+        width = self._parts[0].shape[1]
+        for directions in sorted({*(few for few in _DIRECTIONS if few < width), width}):
+            self._index, cells = self._fill(directions, generator)
+            looked_into, reached = self._measure(asked, wanted, cells, recall)
+            if reached >= recall:
+                break
+        faiss_module().write_index(self._index, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        return {"cells": cells, "looked_into": looked_into, "recall": reached}
+
+    def _fill(self, directions: int, generator: np.random.Generator) -> tuple[Any, int]:
+        """A FAISS index with all rows, projected on this many directions, and the number of its cells."""
         faiss = faiss_module()
         cells = max(1, len(self) // _ROWS_PER_CELL)
         cells = min(cells, int(4 * len(self) ** 0.5))
-        width = self._parts[0].shape[1]
-        codes = width // 2 if width > _FINE and width % 2 == 0 else width
-        index = faiss.IndexIVFPQFastScan(
-            faiss.IndexFlatIP(width), width, cells, codes, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
+        codes = directions // 2 if directions > _FINE and directions % 2 == 0 else directions
+        partition = faiss.IndexIVFPQFastScan(
+            faiss.IndexFlatIP(directions), directions, cells, codes, _CODE_BITS, faiss.METRIC_INNER_PRODUCT
         )
-        index.cp.seed, index.cp.niter = 0, 10
-        generator = np.random.default_rng(0)
-        sample = np.sort(generator.choice(len(self), min(len(self), 50 * cells), replace=False))
-        index.train(self.rows(sample).numpy())
+        partition.cp.seed, partition.cp.niter = 0, 10
+        sample = self.rows(np.sort(generator.choice(len(self), min(len(self), 50 * cells), replace=False))).numpy()
+        turned = True  # within the principal directions, so that each code has its share of the variance
+        projection = faiss.PCAMatrix(sample.shape[1], directions, 0, turned)
+        index = faiss.IndexPreTransform(projection, partition)
+        index.train(sample)
         for part, start in zip(self._parts, self._starts, strict=False):
             block = np.asarray(part, dtype=np.float32)
             full = block.any(1)
             index.add_with_ids(block[full], np.arange(start, start + len(block))[full])
-        self._index = index
-        asked = self.rows(np.sort(generator.choice(len(self), 256, replace=False))) if queries is None else queries
-        looked_into, reached = self._measure(asked, recall)
-        faiss.write_index(index, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-        return {"cells": cells, "looked_into": looked_into, "recall": reached}
+        projection.have_bias = False  # the rows are centred; a query is not, so that all its scores move by the same
+        return index, cells
 
-    def _measure(self, queries: Tensor, recall: float) -> tuple[int, float]:
-        """The fewest cells (in steps of a half) in which the ten nearest are found, and how many of them are."""
-        wanted = self._exact(queries, MEASURED, None)[1]
+    def _measure(self, queries: Tensor, wanted: list[list[int]], cells: int, recall: float) -> tuple[int, float]:
+        """The fewest cells (in steps of a half) in which the wanted are found, and how many of them are."""
         self.cells = 1
         while True:
             found = [set(self.nearest(query[None], MEASURED)[1][0]) for query in queries]
-            hits = [len(one & set(true)) / len(true) for one, true in zip(found, wanted.tolist(), strict=True)]
+            hits = [len(one & set(true)) / len(true) for one, true in zip(found, wanted, strict=True)]
             reached = sum(hits) / len(hits)
-            if reached >= recall or self.cells >= self._index.nlist:
+            if reached >= recall or self.cells >= cells:
                 return self.cells, reached
-            self.cells = min(self._index.nlist, self.cells + max(1, self.cells // 2))
+            self.cells = min(cells, self.cells + max(1, self.cells // 2))
 
     def open_index(self, cells: int) -> None:
         """Reads the index that `build` wrote, to look into `cells` cells."""
@@ -167,25 +182,23 @@ class Vectors:
         options: dict[str, Any] = {"nprobe": self.cells}
         if among is not None:
             options["sel"] = faiss.IDSelectorBatch(among)
-        parameters = faiss.SearchParametersIVF(**options)
+        parameters = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(**options))
         _, candidates = self._index.search(queries.float().numpy(), max(_LEAST, _SPARE * k), params=parameters)
         all_scores, all_found = [], []
         for query, row in zip(queries, candidates, strict=True):
             numbers = np.sort(row[row >= 0])
-            scores, places = self._exact(query[None], k, numbers)
+            scores, places = _scored(query[None].float(), numbers, self.rows(numbers), k)
             all_scores.append(scores[0].tolist())
             all_found.append(places[0].tolist())
         return all_scores, all_found
 
     def _exact(self, queries: Tensor, k: int, among: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """Scores and numbers (Q, K) by comparison with every row, part by part, or with those `among` alone."""
-        queries = torch.cat([queries.float(), torch.ones(len(queries), 1)], 1)
         if among is not None:
-            numbers = np.sort(among)
-            if not len(numbers):
-                return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-            scores, places = search(queries, _marked(self.rows(numbers)), k)
-            return scores, torch.from_numpy(numbers)[places]
+            rows = self.rows(numbers := np.sort(among))
+            full = rows.any(1)
+            return _scored(queries.float(), numbers[full.numpy()], rows[full], k)
+        queries = torch.cat([queries.float(), torch.ones(len(queries), 1)], 1)
         best_scores, best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
         for number, start in enumerate(self._starts[:-1]):
             if self._starts[number + 1] == start:
@@ -204,6 +217,14 @@ class Vectors:
                 return block
             self._kept[number] = block
         return self._kept[number]
+
+
+def _scored(queries: Tensor, numbers: np.ndarray, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and numbers (Q, K) of the best of these rows, none of which stands for nothing."""
+    if not len(numbers):
+        return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    scores, places = search(queries, rows, k)
+    return scores, torch.from_numpy(numbers)[places]
 
 
 def _marked(features: Tensor) -> Tensor:
