@@ -231,6 +231,39 @@ def test_the_others_end_and_name_the_rank(
     assert spent < (60 if limit == 40.0 else 30), f"{spent:.0f} s"
 
 
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_asked_to_end_a_rank_does_not_wait_for_one_that_died(data: Path, tmp_path: Path, culprit: int) -> None:
+    """As launchers ask, when one rank has died; this one is far from the next sum that would tell it."""
+    out = tmp_path / "out"
+    code = STUCK.replace('"1"', f'"{1 - culprit}"').replace(
+        "time.sleep(1000)", "Path('here').touch(); time.sleep(1000)"
+    )
+    code = code.replace("'here'", repr(str(tmp_path / "here"))).replace(
+        "import os", "from pathlib import Path\nimport os"
+    )
+    with by_hand(options(data, out, engine="torch", steps=100_000), 2, code) as ranks:
+        wait_for((tmp_path / "here").exists, ranks[1 - culprit])
+        ranks[culprit].kill()
+        began = time.monotonic()
+        ranks[1 - culprit].terminate()
+        said, _ = ranks[1 - culprit].communicate(timeout=TIMEOUT)
+    assert time.monotonic() - began < 5
+    assert ranks[1 - culprit].returncode == 1, said
+    assert f"fastclip train: rank {culprit} (process {ranks[culprit].pid} on" in said
+    assert "has died: the run ends" in said
+
+
+def test_the_demos_recipe_leaves_dynamo_out_on_a_cpu(data: Path, tmp_path: Path) -> None:
+    """It takes seconds to import, for a compiler that nothing calls."""
+    code = (
+        "import sys; from fastclip.training.__main__ import main\n"
+        "assert main(sys.argv[1:]) == 0; sys.exit('torch._dynamo' in sys.modules)"
+    )
+    for steps in (1, 2):
+        words = options(data, tmp_path / "out", optimizer="muon", steps=steps, resume="latest")
+        assert subprocess.run([sys.executable, "-c", code, *words], env=environment(), timeout=TIMEOUT).returncode == 0
+
+
 @pytest.mark.long
 def test_torchrun_starts_the_ranks_anew(data: Path, tmp_path: Path) -> None:
     """`--max-restarts`: a rank is killed, the run goes on from its checkpoint to its end as if nothing had happened."""

@@ -11,6 +11,7 @@ import copy
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -200,7 +201,7 @@ class DeepSpeedEngine:
         or fp16, DeepSpeed's choice, a difference in a gradient's last bit is one of 3e-5 in the loss 8 steps later.
         """
         with ExitStack() as settings:
-            if self.processes.device.type == "cpu":
+            if self.processes.device.type == "cpu" and "torch._dynamo" in sys.modules:  # else nothing can be compiled
                 settings.enter_context(torch.compiler.set_stance("force_eager"))
             if self.has_muon and self.dtype == torch.float32:
                 dtype = "deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,11 @@ class Request:
 
     def __init__(self) -> None:
         self.value = GO_ON
+        self.arrived = threading.Event()
 
     def receive(self, number: int, frame: object) -> None:
         self.value = max(self.value, _MEANING[signal.Signals(number)])
+        self.arrived.set()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

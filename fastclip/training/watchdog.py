@@ -1,8 +1,9 @@
 """Ends a run in which a rank has died or stands still, and says which: the others would wait for it in silence.
 
 Each rank tells a store (the rendezvous's) every few seconds that it lives, and how far it has come. The first rank
-reads all of them and judges; the others read the first rank and its judgement. Two threads a rank, none of which holds
-the interpreter; nothing of it is in the way of a step.
+reads all of them and judges; the others read the first rank and its judgement. A launcher that sees a rank die asks the
+others to end: those look whether one on their machine is gone, and do not wait for it. Three threads a rank, none of
+which holds the interpreter; nothing of it is in the way of a step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from fastclip.errors import UserError
@@ -26,6 +28,7 @@ from fastclip.training.processes import Processes
 from fastclip.training.signals import GO_ON, Request
 
 BEATS = 8  # in the time that a rank may be silent
+LOOKS = 0.1  # seconds between two looks at the processes beside this one, once it has been asked to end
 SLOWER = 10.0  # times the longest part of a step so far that a part may take
 _VERDICT = "verdict"
 _SEVERAL = -1  # in place of a rank
@@ -60,7 +63,7 @@ class Watchdog:
         self._last_answer = time.monotonic()
         self._store: Any = None
 
-    def start(self) -> None:
+    def start(self, request: Request) -> None:
         # A copy with a connection of its own: an operation of the main thread's may wait for minutes.
         store: Any = dist.distributed_c10d._get_default_store()
         store = store.clone()
@@ -68,6 +71,9 @@ class Watchdog:
         self._tell()
         for task in (self._beat, self._judge_store):
             threading.Thread(target=task, daemon=True, name="watchdog").start()
+        places = self.processes.gather((os.getpid(), socket.gethostname()))
+        beside = {rank: pid for rank, (pid, host) in enumerate(places) if host == socket.gethostname()}
+        threading.Thread(target=self._look_beside, args=(request, beside), daemon=True, name="watchdog").start()
 
     def stop(self, fault: str = "") -> None:
         """This rank has come to its end and will not be missed; or it ends with a fault, and so must the others."""
@@ -130,13 +136,41 @@ class Watchdog:
             if silence > self.limit * (1 + 2 / BEATS):
                 self._end(0, f"rank 0, which holds the rendezvous, has not answered for {silence:.0f} s")
 
+    def _look_beside(self, request: Request, beside: dict[int, int]) -> None:
+        """Once asked to end: a rank that died on this machine is why, and no step ends without it.
+
+        beside: rank -> process id, of this machine's.
+        """
+        request.arrived.wait()
+        while not self._stopped.wait(LOOKS):
+            dead = next((rank for rank, pid in beside.items() if not _lives(pid)), None)
+            if dead is not None and not self._has_left(dead):
+                who = self._who(dead, {"pid": beside[dead], "host": socket.gethostname()})
+                self._end(dead, f"{who} has died", is_known=True)
+
+    def _has_left(self, rank: int) -> bool:
+        try:
+            return self._words(rank)["has_left"]
+        except (RuntimeError, dist.DistError):  # the store has died with its rank
+            return False
+
+    def _words(self, rank: int) -> dict[str, Any]:
+        """The last words of a rank; none before its first."""
+        return json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else {}
+
+    @staticmethod
+    def _who(rank: int, words: dict[str, Any]) -> str:
+        process = f"process {words['pid']} on {words['host']}" if words else "a process that never came"
+        return f"rank {rank} ({process})"
+
     def _tell(self, has_left: bool = False, fault: str = "") -> None:
         words = {
             "count": self._count,
             "where": self._where,
             "age": time.monotonic() - self._since,
             "most": max(self.limit, SLOWER * self._longest) if self._is_limited else None,
-            "process": f"process {os.getpid()} on {socket.gethostname()}",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
             "beat": time.monotonic(),
             "has_left": has_left,
             "fault": fault,
@@ -148,8 +182,8 @@ class Watchdog:
         now = time.monotonic()
         for rank in ranks:
             seen = self._seen[rank]
-            words = json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else {}
-            who = f"rank {rank} ({words.get('process', 'a process that never came')})"
+            words = self._words(rank)
+            who = self._who(rank, words)
             if words.get("fault"):
                 return rank, f"{who} has ended: {words['fault']}"
             if words != seen.words:
@@ -168,10 +202,11 @@ class Watchdog:
             return None
         since = f"stood still for {words['age']:.0f} s at {words['where']}"
         if len(behind) == 1:
-            return behind[0], f"rank {behind[0]} ({words['process']}) has {since}"
+            return behind[0], f"{self._who(behind[0], words)} has {since}"
         return _SEVERAL, f"ranks {', '.join(map(str, behind))} have {since}"
 
-    def _end(self, culprit: int, message: str) -> None:
+    def _end(self, culprit: int, message: str, is_known: bool = False) -> None:
+        """is_known: the others have seen it themselves."""
         if self._stopped.is_set():
             return
         rank = self.processes.rank
@@ -179,9 +214,17 @@ class Watchdog:
             print(f"fastclip train: {message}: the run ends; --resume latest goes on", file=sys.stderr, flush=True)
         if culprit in (rank, _SEVERAL):  # it lives: where it stands
             faulthandler.dump_traceback(file=sys.stderr)
-        if self.processes.is_first:  # the others read the verdict where this rank may hold it
+        if self.processes.is_first and not is_known:  # the others read the verdict where this rank may hold it
             time.sleep(2 * self.limit / BEATS)
         os._exit(1)
+
+
+def _lives(pid: int) -> bool:
+    """Of a process on this machine, which may have died without having been reaped."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextlib.contextmanager
@@ -191,7 +234,7 @@ def watched(processes: Processes, limit: float, request: Request) -> Iterator[Wa
     if limit <= 0 or processes.world_size == 1:
         yield watchdog
         return
-    watchdog.start()
+    watchdog.start(request)
     try:
         yield watchdog
     except (UserError, KeyboardInterrupt):  # on every rank
