@@ -2,10 +2,10 @@
 
     python -m benchmarks.goodput [--kills-every 600] [--out FILE.csv]
 
-The demo's recipe trains under `torchrun --max-restarts`, saved every few steps; one of its ranks is killed with SIGKILL
-and the run goes on. From what that took, kills at random (exponential) instants are simulated for each interval between
-saves: goodput is the share of the time that went into steps which are kept. Exit 1 where the best is below 98 %, or a
-save stalls a step.
+The demo's recipe trains under `torchrun --max-restarts` with a snapshot after every step; a rank is killed with SIGKILL
+and the run goes on. From what that took, kills at random (exponential) instants are simulated for each interval
+between snapshots: goodput is the share of the time that went into steps which are kept. Exit 1 where the best is below
+98 %, or a snapshot stalls training for as long as a step takes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import psutil
 from benchmarks import machine
 
 LEAST = 0.98
-SAVE_EVERY, SAVES = 3, 4
+SAVES = 12
 TIMEOUT = 240.0
 DAYS = 100
 INTERVALS = (2.0, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0)
@@ -39,8 +40,8 @@ class Costs:
     """Seconds."""
 
     step: float
-    stall: float  # that a save takes from training
-    durable: float  # from a save's step to the checkpoint that a kill leaves
+    stall: float  # that a snapshot takes from training
+    durable: float  # from a snapshot's step to the time that a kill leaves it
     restart: float  # from the kill to the first step's begin
 
 
@@ -51,7 +52,7 @@ class Run:
         words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "9"]
         words += ["-m", "fastclip.training"]
         words += ["--recipe", "demo", "--data", str(data), "--out", str(out), "--minutes", "0", "--steps", "100000"]
-        words += ["--log-every", "1", "--save-every", str(SAVE_EVERY), "--resume", "latest", "--eval-every", "0"]
+        words += ["--log-every", "1", "--snapshot-every", "1", "--resume", "latest", "--eval-every", "0"]
         self.out, self.log, self.last = out, out.parent / "log", 0
         self.steps: dict[int, float] = {}
         self.saves: dict[int, float] = {}
@@ -64,7 +65,7 @@ class Run:
         while not is_enough():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"it ended, or made no step: {self.log.read_text()[-2000:]}")
-            time.sleep(0.005)
+            time.sleep(0.02)
             step, saved = self._last_step(), self._last_save()
             if step and step != self.last:
                 self.last = step
@@ -81,15 +82,6 @@ class Run:
             process.kill()
         psutil.wait_procs(processes)
 
-    def intervals(self) -> tuple[list[float], list[float]]:
-        """Seconds from one step to the next, (of those without a save, of those with one) between them."""
-        plain: list[float] = []
-        saving: list[float] = []
-        for step, at in self.steps.items():
-            if step + 1 in self.steps:
-                (plain if step % SAVE_EVERY else saving).append(self.steps[step + 1] - at)
-        return plain, saving
-
     def _last_step(self) -> int:
         try:
             lines = (self.out / "metrics.jsonl").read_text().splitlines()
@@ -97,11 +89,17 @@ class Run:
         except (FileNotFoundError, json.JSONDecodeError):
             return 0
 
+    def median(self, key: str) -> float:
+        """Of what the run says of itself, without its first step."""
+        lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return statistics.median(line[key] for line in lines if line["step"] > 1)
+
     def _last_save(self) -> int:
-        try:
-            return int((self.out / "latest").read_text().strip().removeprefix("step_"))
-        except (FileNotFoundError, ValueError):
-            return 0
+        steps = [0]
+        for record in (self.out / "snapshots").glob("*/rank_0.json"):
+            with suppress(FileNotFoundError):
+                steps.append(json.loads(record.read_text())["step"])
+        return max(steps)
 
 
 def measured(folder: Path) -> Costs:
@@ -112,17 +110,17 @@ def measured(folder: Path) -> Costs:
     run = Run(data, out)
     try:
         run.until(lambda: len(run.saves) == SAVES)
-        plain, saving = run.intervals()
-        step = statistics.median(plain)
+        step, stall = run.median("step_time"), run.median("stall")
         durable = [at - run.steps[save] for save, at in run.saves.items()]
         first = max(run.saves) + 1
+        time.sleep(step / 2)
         run.ranks()[-1].kill()
         killed = time.monotonic()
         run.until(lambda: run.last == first and run.steps[first] > killed)
         restart = run.steps[first] - killed - step
     finally:
         run.end()
-    return Costs(step, statistics.median(saving) - step, statistics.median(durable), restart)
+    return Costs(step, stall, statistics.median(durable), restart)
 
 
 def goodput(costs: Costs, save_every: float, kills_every: float, seed: int = 0) -> float:

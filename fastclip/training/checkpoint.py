@@ -29,6 +29,7 @@ from fastclip.models import resolve_checkpoint
 from fastclip.models.checkpoint import LATEST, STEPS, WEIGHTS, save_model
 from fastclip.models.config import CLIPConfig
 from fastclip.training.engine import Engine
+from fastclip.training.mapped import read_mapped
 from fastclip.training.mirror import Mirror
 from fastclip.training.open_clip import read_checkpoint
 from fastclip.training.processes import Processes
@@ -46,6 +47,7 @@ from fastclip.training.step_folder import (
 )
 
 DATA, STATE, MOMENTS, EMA = "data.json", "state", "optimizer.safetensors", "ema"
+AVERAGE = "ema.pt"  # in a snapshot
 LAYOUT = ("engine", "world_size", "zero_stage")  # of `identity`: what a portable checkpoint may be taken up without
 
 
@@ -66,6 +68,7 @@ class Saved:
     loader: dict[str, Any]
     progress: dict[str, Any]
     moved: str = ""
+    is_snapshot: bool = False  # the engine's state alone: see `fastclip.training.snapshots`
 
 
 class Checkpoints:
@@ -111,7 +114,7 @@ class Checkpoints:
                 (aside / STATE).mkdir(parents=True)
         with self._failing_together():
             engine.save_state(aside / STATE)
-            torch.save(_random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
+            torch.save(random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
         weights = engine.full_state_dict()
         moments = engine.optimizer_state() if self.is_portable else None
         models = {"": weights} | ({EMA: {k: v.clone() for k, v in average.items()}} if average else {})
@@ -218,6 +221,9 @@ class Checkpoints:
         """The moving average of the weights that `saved` holds, if it does."""
         from safetensors.torch import load_file
 
+        if saved.is_snapshot:
+            path = saved.folder / AVERAGE
+            return read_mapped(path, weights_only=True) if path.is_file() else None
         path = saved.folder / EMA / WEIGHTS
         return load_file(path) if path.is_file() else None
 
@@ -236,8 +242,9 @@ class Checkpoints:
                 weights, moments = load_file(saved.folder / WEIGHTS), load_file(saved.folder / MOMENTS)
             engine.load_portable(weights, moments)
             return
-        engine.load_state(saved.folder / STATE)
-        random = torch.load(saved.folder / STATE / f"random_{self.processes.rank}.pt", weights_only=True)
+        read = read_mapped if saved.is_snapshot else torch.load
+        engine.load_state(saved.folder / STATE, read)
+        random = read(saved.folder / STATE / f"random_{self.processes.rank}.pt", weights_only=True)
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
@@ -270,6 +277,7 @@ def _differences(saved: Any, wanted: Any, where: str = "") -> list[str]:
     return lines
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
+    """Of this process's generators."""
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

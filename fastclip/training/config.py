@@ -185,6 +185,9 @@ class TrainConfig:
     where it was highest are kept in best/."""
     save_every: int = 0
     """Steps between two checkpoints; 0 saves at the end only."""
+    snapshot_every: int = 0
+    """Steps between two snapshots, cheap ones that outlive the run's processes but not the machine's next start:
+    --resume latest takes the newer of checkpoint and snapshot; 0: none."""
     keep: int = 3
     """Checkpoints to keep."""
     portable: bool = True
@@ -217,6 +220,7 @@ class TrainConfig:
         least |= {
             "eval_every": 0,
             "save_every": 0,
+            "snapshot_every": 0,
             "keep": 1,
             "max_skipped": 0,
             "hang_timeout": 0,

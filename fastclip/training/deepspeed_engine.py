@@ -108,13 +108,13 @@ class DeepSpeedEngine:
             norm = self.engine.get_global_grad_norm()
         return StepResult(float("nan") if norm is None else float(norm), not self.engine.was_step_applied())
 
-    def save_state(self, directory: Path) -> None:
+    def save_state(self, directory: Path, write: Callable[..., None] = torch.save) -> None:
         # Ranks wait for each other within: one that cannot write says so afterwards.
-        writer, failures = self.engine.checkpoint_engine.save, []
+        failures = []
 
-        def save(*args: Any, **options: Any) -> None:
+        def save(state_dict: Any, path: str) -> None:
             try:
-                writer(*args, **options)
+                write(state_dict, path)
             except (OSError, RuntimeError) as failure:
                 failures.append(failure)
 
@@ -124,9 +124,13 @@ class DeepSpeedEngine:
         if failures:
             raise failures[0]
 
-    def load_state(self, directory: Path) -> None:
+    def load_state(self, directory: Path, read: Callable[..., Any] = torch.load) -> None:
         # DeepSpeed's own optimizer shards are pickles: resume only runs you trust.
-        loaded, _ = self.engine.load_checkpoint(str(directory), tag=_TAG)
+        def load(path: str, map_location: Any = None) -> Any:
+            return read(path, map_location=map_location, weights_only=False)
+
+        with patch.object(self.engine.checkpoint_engine, "load", load):
+            loaded, _ = self.engine.load_checkpoint(str(directory), tag=_TAG)
         if loaded is None:
             raise UserError(f"checkpoint {directory.parent} holds no state of a DeepSpeed engine")
 

@@ -52,10 +52,11 @@ class Engine(Protocol):
     def step(self, lr_factor: float) -> StepResult:
         """Averages the gradient over the ranks and updates the weights, with this share of the peak learning rates."""
 
-    def save_state(self, directory: Path) -> None:
-        """Everything that a bit-equal continuation needs; called on every rank."""
+    def save_state(self, directory: Path, write: Callable[..., None] = torch.save) -> None:
+        """Everything that a bit-equal continuation needs, by write(state, path); called on every rank."""
 
-    def load_state(self, directory: Path) -> None: ...
+    def load_state(self, directory: Path, read: Callable[..., Any] = torch.load) -> None:
+        """What `save_state` wrote, by read(path, ...), which takes torch.load's options."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """What the optimizer holds, whole and in fp32, by "key/parameter" ("exp_avg/visual.proj"), and its "step".

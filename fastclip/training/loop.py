@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end
+from fastclip.training.snapshots import COUNTS
 from fastclip.training.spikes import Spikes
 from fastclip.training.start import TEACHER, Start, prepare
 from fastclip.training.watchdog import Watchdog, watched
@@ -63,7 +65,8 @@ class Trainer:
         self.step, self.saved_at, self.skipped_steps, elapsed = 0, -1, 0, 0.0
         if start.resumed:
             start.checkpoints.load(start.resumed, self.engine)
-            self.step = self.saved_at = start.resumed.step
+            self.step = start.resumed.step
+            self.saved_at = -1 if start.resumed.is_snapshot else self.step
             self.skipped_steps, elapsed = (start.resumed.progress[key] for key in ("skipped_steps", "elapsed"))
         self.average: WeightAverage | None = None
         if self.config.ema:
@@ -124,7 +127,9 @@ class Trainer:
                 if self.step % STEPS_BETWEEN_TRIMS == 0:
                     give_back_memory()
                 if config.save_every and self.step % config.save_every == 0:
-                    self._save_or_go_on()
+                    self._or_go_on(self._save)
+                elif config.snapshot_every and self.step % config.snapshot_every == 0:
+                    self._or_go_on(self._snapshot)
                 if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
                     self.watchdog.at(f"the evaluation behind step {self.step}", is_limited=False)
                     with self.clock.stopped():
@@ -153,6 +158,8 @@ class Trainer:
                 end = f"Stopped after {self.step} steps and saved; --resume latest --out {self.start.run} goes on."
             print(f"{end} Report: {report}", flush=True)
         self.start.checkpoints.finish()
+        if self.metrics:
+            self.start.snapshots.remove()
         self.processes.barrier()
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch, Exception | None]:
@@ -206,24 +213,34 @@ class Trainer:
         if self.metrics:
             self.metrics.show(self.step, elapsed)
 
-    def _save_or_go_on(self) -> None:
+    def _or_go_on(self, save: Callable[[], None]) -> None:
         """A checkpoint that cannot be written is no reason to lose the steps: the next one may be, the last must."""
         try:
-            self._save()
+            save()
         except NotSaved as failure:
-            self.saved_at = -1
-            if self.processes.is_first:
+            if self.processes.is_first or save == self._snapshot:  # which each rank writes for itself
                 print(f"\n{failure}; the run goes on, its last checkpoint is the one before", flush=True)
 
     def _save(self) -> None:
         self.watchdog.at(f"the checkpoint of step {self.step}", is_limited=False)
-        progress = {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
+        self.saved_at = -1
         with self.clock.stopped():
             loader = self.start.loader.state_dict(self.step)
-            loader |= {name: over_ranks(Counter(loader[name]), self.processes) for name in ("skipped", "seen")}
-            average = self.average.weights if self.average else None
-            self.start.checkpoints.save(self.step, self.engine, loader, progress, average)
+            loader |= {name: over_ranks(Counter(loader[name]), self.processes) for name in COUNTS}
+            self.start.checkpoints.save(self.step, self.engine, loader, self._progress(), self._average())
         self.saved_at = self.step
+
+    def _snapshot(self) -> None:
+        self.watchdog.at(f"the snapshot of step {self.step}", is_limited=False)
+        with self.clock.stopped():
+            loader = self.start.loader.state_dict(self.step)
+            self.start.snapshots.save(self.step, self.engine, loader, self._progress(), self._average())
+
+    def _progress(self) -> dict[str, Any]:
+        return {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
+
+    def _average(self) -> dict[str, Tensor] | None:
+        return self.average.weights if self.average else None
 
 
 class Loss:

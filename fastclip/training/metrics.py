@@ -31,6 +31,7 @@ KEYS = (
     "samples_per_s",  # over the steps since the last line
     "data_wait",  # share of that time spent waiting for the loader
     "step_time",  # mean over those steps
+    "stall",  # what saves and evaluations took since the last line, which is in no rate
     "elapsed",  # of training, over all resumes
     "skipped_steps",  # because of a gradient that was not finite
     "skipped_samples",  # by cause, so far
@@ -46,7 +47,7 @@ class Clock:
         self._begin()
 
     def _begin(self) -> None:
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.started, self.waited, self.stall, self.steps = time.perf_counter(), 0.0, 0.0, 0
 
     def elapsed(self) -> float:
         return time.monotonic() - self._origin
@@ -56,16 +57,18 @@ class Clock:
         """Around what is no training: it counts as elapsed, and in no rate."""
         before = time.perf_counter()
         yield
-        self.started += time.perf_counter() - before
+        self.stall += time.perf_counter() - before
 
     def read(self, pairs_per_step: int) -> dict[str, float]:
         """The rates since the last call."""
-        spent, steps, waited = time.perf_counter() - self.started, self.steps, self.waited
+        steps, waited, stall = self.steps, self.waited, self.stall
+        spent = time.perf_counter() - self.started - stall
         self._begin()
         return {
             "samples_per_s": steps * pairs_per_step / spent,
             "data_wait": waited / spent,
             "step_time": spent / steps,
+            "stall": stall,
         }
 
 

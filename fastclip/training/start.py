@@ -31,6 +31,7 @@ from fastclip.training.mirror import Mirror
 from fastclip.training.model import model_of
 from fastclip.training.open_clip import is_open_clip_checkpoint, read_checkpoint
 from fastclip.training.processes import Processes
+from fastclip.training.snapshots import Snapshots
 from fastclip.training.step_folder import clean
 
 TEACHER = ("teacher_image", "teacher_text")  # features stored beside the samples
@@ -49,12 +50,15 @@ class Start:
     ds_config: dict[str, Any] | None
     notes: list[str]  # what was chosen for the user, and what the user's files change
     checkpoints: Checkpoints
+    snapshots: Snapshots
     resumed: Saved | None
 
     def write(self) -> None:
         """The run folder and what describes the run; the first rank's."""
         self.run.mkdir(parents=True, exist_ok=True)
         clean(self.run)
+        if self.resumed is None or not self.resumed.is_snapshot:
+            self.snapshots.remove()
         if self.resumed is None:
             (self.run / "metrics.jsonl").unlink(missing_ok=True)
         write_config(self.config, self.run / "config.yaml")
@@ -119,18 +123,22 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             notes += [f"{config.deepspeed_config} sets {line}" for line in conflicts]
         config = replace(config, out=str(run))
         _check_loss(config, processes.device)
+    identity = _identity(config, processes)
+    snapshots = Snapshots(run, model_config, identity, processes)
+    snapshot = snapshots.newest() if config.resume == "latest" else None
+    with processes.one_mistake_for_all():
         checkpoints = Checkpoints(
             run,
             model_config,
             tokenizer,
-            _identity(config, processes),
+            identity,
             processes,
             keep=config.keep,
             is_portable=config.portable and not has_flat_momentum(config),
             in_background=config.background_save,
             mirror=mirror,
         )
-        resumed = _resumed(config, run, checkpoints, loader)
+        resumed = _resumed(config, run, checkpoints, snapshot, loader)
         torch.manual_seed(config.seed)
         moved_from = resumed.folder if resumed and resumed.moved else None
         model = create_model(model_config, checkpoint=moved_from if resumed else config.init or None)
@@ -138,7 +146,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         if config.fp8:
             _use_fp8(model, processes.device)
     _check_same_data(loader, processes)
-    return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, resumed)
+    return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, snapshots, resumed)
 
 
 def _with_precision(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, list[str]]:
@@ -255,7 +263,9 @@ def _identity(config: TrainConfig, processes: Processes) -> dict[str, Any]:
     }
 
 
-def _resumed(config: TrainConfig, run: Path, checkpoints: Checkpoints, loader: Loader) -> Saved | None:
+def _resumed(
+    config: TrainConfig, run: Path, checkpoints: Checkpoints, snapshot: Saved | None, loader: Loader
+) -> Saved | None:
     if not config.resume and any(run.glob("checkpoints/step_*")):
         raise UserError(f"{run} already holds a run: give another --out, or go on with it by --resume latest")
     if is_open_clip_checkpoint(config.resume):
@@ -264,11 +274,14 @@ def _resumed(config: TrainConfig, run: Path, checkpoints: Checkpoints, loader: L
             path, read_checkpoint(path)[2], {}, {}, {"elapsed": 0.0, "skipped_steps": 0}, "open_clip's trainer"
         )
     folder = find_checkpoint(config.resume, run)
-    if folder is None:
+    if snapshot and (folder is None or folder.name < f"step_{snapshot.step:08d}"):
+        saved = snapshot
+    elif folder:
+        saved = checkpoints.check(folder)
+    else:
         return None
-    saved = checkpoints.check(folder)
     try:
         loader.load_state_dict(saved.loader)
     except ValueError as error:
-        raise UserError(f"checkpoint {folder} is of another run: {error}") from error
+        raise UserError(f"checkpoint {saved.folder} is of another run: {error}") from error
     return saved

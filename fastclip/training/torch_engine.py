@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,13 @@ class TorchEngine:
             parameter.grad = None
         return StepResult(float(norm), bool(skipped))
 
-    def save_state(self, directory: Path) -> None:
+    def save_state(self, directory: Path, write: Callable[..., None] = torch.save) -> None:
         if self.processes.is_first:
             state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
-            torch.save(state, directory / "torch.pt")
+            write(state, directory / "torch.pt")
 
-    def load_state(self, directory: Path) -> None:
-        state = torch.load(directory / "torch.pt", map_location=self.processes.device, weights_only=True)
+    def load_state(self, directory: Path, read: Callable[..., Any] = torch.load) -> None:
+        state = read(directory / "torch.pt", map_location=self.processes.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
