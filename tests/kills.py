@@ -1,9 +1,10 @@
 """Kills a run with SIGKILL at random instants, many of them within a save, and takes it up again each time.
 
-    python tests/kills.py [200] [--engine deepspeed] [--seed 0]
+    python tests/kills.py [200] [--engine deepspeed] [--snapshots] [--seed 0]
 
-Every step is saved. At the end the log must hold each step once with the losses of a run that nobody disturbed, bit for
-bit, and so must the weights. Runs start from a process that has imported all it needs, so that a kill costs a second.
+Every step is saved, or kept in a snapshot. At the end the log must hold each step once with the losses of a run that
+nobody disturbed, bit for bit, and so must the weights. Runs start from a process that has imported all it needs, so
+that a kill costs a second.
 """
 
 from __future__ import annotations
@@ -51,21 +52,18 @@ def steps_done(out: Path) -> int:
         return 0
 
 
-def survive(folder: Path, kills: int, engine: str, seed: int) -> str:
+def survive(folder: Path, kills: int, engine: str, seed: int, saves: str = "save_every") -> str:
     """What is wrong after `kills` kills, or ""."""
     data, out, whole, log = small_data(folder / "data"), folder / "out", folder / "whole", folder / "log"
     steps = STEPS_A_KILL * (kills + 1)
-    changed = {"engine": engine, "steps": steps, "save_every": 1, "keep": 2, "chunk_size": 16, "schedule": "constant"}
+    changed = {"engine": engine, "steps": steps, saves: 1, "keep": 2, "chunk_size": 16, "schedule": "constant"}
     undisturbed = started(options(data, whole, **changed), log)
     undisturbed.join()
     if undisturbed.exitcode:
         return log.read_text()
     dice = random.Random(seed)
     for kill in range(kills + 1):
-        resume = {"resume": "latest"} if (out / "latest").is_file() else {}
-        if not resume and out.exists():  # nothing of it was saved: it begins anew
-            (out / "metrics.jsonl").unlink(missing_ok=True)
-        process = started(options(data, out, **changed, **resume), log)
+        process = started(options(data, out, **changed, resume="latest"), log)
         if kill < kills:
             end = time.monotonic() + TIMEOUT
             while steps_done(out) < STEPS_A_KILL * kill + 1:
@@ -94,11 +92,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("kills", type=int, nargs="?", default=200)
     parser.add_argument("--engine", default="torch", choices=["torch", "deepspeed"])
+    parser.add_argument("--snapshots", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    began = time.monotonic()
+    began, saves = time.monotonic(), "snapshot_every" if chosen.snapshots else "save_every"
     with tempfile.TemporaryDirectory() as folder:
-        wrong = survive(Path(folder), chosen.kills, chosen.engine, chosen.seed)
+        wrong = survive(Path(folder), chosen.kills, chosen.engine, chosen.seed, saves)
     print(
         wrong or f"{chosen.kills} kills survived in {time.monotonic() - began:.0f} s: steps, losses, weights bit-equal"
     )

@@ -468,10 +468,11 @@ def test_ending_the_lab_ends_its_processes(tmp_path: Path) -> None:
 
 
 def test_goodput_is_the_share_that_is_kept() -> None:
-    """Against the arithmetic of small costs: restart, half an interval and the time a save takes, of 600 s each."""
+    """Against its expectation: a save's steps are kept if the run lives until then, exp(-time / 600) of the runs."""
     costs = Costs(step=1.0, stall=0.1, durable=0.5, restart=6.0)
-    for interval in (10.0, 20.0, 60.0):
-        lost = (costs.restart + costs.durable + interval / 2) / 600 + costs.stall / interval
-        assert goodput(costs, interval, 600.0) == pytest.approx(1 - lost, abs=0.004)
+    for interval in (1.0, 10.0, 20.0, 60.0):
+        began = math.exp(-(costs.restart + costs.durable) / 600)
+        expected = began * interval / 600 / math.expm1((interval + costs.stall) / 600)
+        assert goodput(costs, interval, 600.0) == pytest.approx(expected, abs=5e-4)
     assert goodput(Costs(1.0, 0.0, 0.0, 0.0), 1.0, 600.0) > 0.999
     assert goodput(Costs(1.0, 0.0, 0.0, 1e6), 1.0, 600.0) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastclip.training.config import TrainConfig
 from fastclip.training.processes import Processes, start_processes, stop_processes
 from fastclip.training.step_folder import clean, write_atomically
 from fastclip.training.torch_engine import TorchEngine
+from fastclip.training.watchdog import Watchdog
 
 IDENTITY = {"engine": "torch", "world_size": 1}
 
@@ -71,6 +74,26 @@ def test_what_is_saved_is_found_checked_and_loaded(checkpoints: Checkpoints, eng
     assert all(torch.equal(value, truth[name]) for name, value in model.state_dict().items())
 
 
+def test_a_process_that_ends_beside_a_dead_one_brings_its_checkpoint_to_its_end(
+    checkpoints: Checkpoints, engine: TorchEngine, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = checkpoints._complete
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.5)
+        complete(*arguments)
+
+    monkeypatch.setattr(checkpoints, "_complete", slowly)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    checkpoints.in_background = True
+    watchdog = Watchdog(processes, 10.0)
+    watchdog.before_end = checkpoints.settle
+    folder = save(checkpoints, engine, 1)
+    assert not folder.exists()
+    watchdog._end(1, "rank 1 has died", is_known=True)
+    assert checkpoints.check(folder).step == 1
+
+
 def test_the_newest_are_kept(checkpoints: Checkpoints, engine: TorchEngine) -> None:
     for step in (1, 2, 3):
         save(checkpoints, engine, step)
@@ -98,7 +121,7 @@ def test_there_is_nothing_to_resume_yet(tmp_path: Path) -> None:
 
 INSTANTS = {
     "engine state": "fastclip.training.torch_engine.TorchEngine.save_state",
-    "random states": "fastclip.training.checkpoint._random_states",
+    "random states": "fastclip.training.checkpoint.random_states",
     "weights": "fastclip.training.checkpoint.save_model",
     "manifest": "fastclip.training.checkpoint.write_manifest",
     "flush": "fastclip.training.step_folder.flush",

@@ -266,21 +266,21 @@ def test_the_demos_recipe_leaves_dynamo_out_on_a_cpu(data: Path, tmp_path: Path)
 
 @pytest.mark.long
 def test_torchrun_starts_the_ranks_anew(data: Path, tmp_path: Path) -> None:
-    """`--max-restarts`: a rank is killed, the run goes on from its checkpoint to its end as if nothing had happened."""
+    """`--max-restarts`: a rank is killed, the run goes on from its snapshot to its end as if nothing had happened."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    changed = {"steps": 40, "save_every": 1, "schedule": "constant"}
+    changed = {"steps": 40, "snapshot_every": 1, "schedule": "constant"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     words = command("torchrun", options(data, out, resume="latest", **changed))
     words.insert(words.index("--nproc_per_node"), "--max-restarts=1")
     with subprocess.Popen(words, env=environment(), **pipes) as agent:
         try:
-            wait_for(lambda: (out / "latest").is_file() and len(lines(out)) >= 3, agent)
+            wait_for(lambda: (out / "metrics.jsonl").is_file() and len(lines(out)) >= 3, agent)
             psutil.Process(agent.pid).children()[-1].kill()
             said, _ = agent.communicate(timeout=TIMEOUT)
         finally:
             agent.terminate()
     assert agent.returncode == 0, said
-    assert "Goes on from" in said
+    assert f"Goes on from {out / 'snapshots'}" in said
     assert run("torchrun", options(data, whole, **changed)).returncode == 0
     ours, truth = ([(line["step"], line["loss"]) for line in lines(folder)] for folder in (out, whole))
     assert ours == truth

@@ -1,4 +1,4 @@
-"""20 kills at random instants; `python tests/kills.py` does 200."""
+"""30 kills at random instants; `python tests/kills.py` does 200."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from kills import survive
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_ten_kills_lose_nothing(tmp_path: Path, engine: str) -> None:
-    assert survive(tmp_path, 10, engine, seed=1) == ""
+@pytest.mark.parametrize(
+    ("engine", "saves"), [("torch", "save_every"), ("deepspeed", "save_every"), ("deepspeed", "snapshot_every")]
+)
+def test_ten_kills_lose_nothing(tmp_path: Path, engine: str, saves: str) -> None:
+    assert survive(tmp_path, 10, engine, seed=1, saves=saves) == ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,6 +48,7 @@ from fastclip.training.step_folder import (
 
 DATA, STATE, MOMENTS, EMA = "data.json", "state", "optimizer.safetensors", "ema"
 AVERAGE = "ema.pt"  # in a snapshot
+SETTLE = 20.0  # seconds; launchers kill what has not ended within 30
 LAYOUT = ("engine", "world_size", "zero_stage")  # of `identity`: what a portable checkpoint may be taken up without
 
 
@@ -128,9 +129,16 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last save is safe on disk. Raises NotSaved on every rank if it failed."""
         with self._failing_together():
-            writing, self._writing = self._writing, None
-            if writing:
-                writing.result()
+            try:
+                if self._writing:
+                    self._writing.result()
+            finally:
+                self._writing = None
+
+    def settle(self) -> None:
+        """For a process about to end, others having died: waits for what this rank alone writes, not for ever."""
+        if self._writing:
+            wait([self._writing], timeout=SETTLE)
 
     def finish(self) -> None:
         """Returns when the last save is safe on disk, and in the mirror if there is one (or it has said why not)."""

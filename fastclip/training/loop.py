@@ -60,6 +60,7 @@ class Trainer:
 
     def __init__(self, start: Start, processes: Processes, watchdog: Watchdog) -> None:
         self.start, self.config, self.processes, self.watchdog = start, start.config, processes, watchdog
+        watchdog.before_end = start.checkpoints.settle
         self.engine = build_engine(start.model, self.config, processes, start.ds_config)
         torch.manual_seed(self.config.seed + 1 + processes.rank)  # dropout differs between ranks
         self.step, self.saved_at, self.skipped_steps, elapsed = 0, -1, 0, 0.0

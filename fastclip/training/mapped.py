@@ -38,7 +38,11 @@ class MappedWriter:
             size += -(-len(data) // _ALIGNED) * _ALIGNED
             return found
 
-        torch.save(_changed(state, place), _index(path))
+        index = _changed(state, place)
+        try:
+            torch.save(index, _index(path))
+        except RuntimeError as error:  # its own for a disk that is full
+            raise OSError(f"{_index(path)}: {error}") from error
         mapped = self._mapped(path, size)
         for start, data in tensors:
             mapped[start : start + len(data)].copy_(data)

@@ -54,7 +54,6 @@ class Snapshots:
         """
         slot = self._slots[self._turn]
         self._turn = 1 - self._turn
-        record = {"step": step, "identity": self.identity, "boot": _boot(), "loader": loader, "progress": progress}
         mine = self._record(slot)
         failure: Exception | None = None
         try:
@@ -67,6 +66,7 @@ class Snapshots:
             self._write(random_states(), slot / STATE / f"random_{self.processes.rank}.pt")
             if average:
                 self._write(dict(average), slot / AVERAGE)
+            record = {"step": step, "identity": self.identity, "boot": _boot(), "loader": loader, "progress": progress}
             aside = mine.with_name(f".{mine.name}")
             aside.write_text(json.dumps(record))
             aside.rename(mine)

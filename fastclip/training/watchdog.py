@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._last_answer = time.monotonic()
         self._store: Any = None
+        self.before_end: Callable[[], None] = lambda: None  # what this rank has to bring to its end without the others
 
     def start(self, request: Request) -> None:
         # A copy with a connection of its own: an operation of the main thread's may wait for minutes.
@@ -212,6 +213,7 @@ class Watchdog:
         rank = self.processes.rank
         if rank == (1 if culprit == 0 else 0):
             print(f"fastclip train: {message}: the run ends; --resume latest goes on", file=sys.stderr, flush=True)
+        self.before_end()
         if culprit in (rank, _SEVERAL):  # it lives: where it stands
             faulthandler.dump_traceback(file=sys.stderr)
         if self.processes.is_first and not is_known:  # the others read the verdict where this rank may hold it
