@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def engine(processes: Processes) -> TorchEngine:
-    return TorchEngine(debug_model(), TrainConfig(engine="torch", precision="fp32"), processes)  # type: ignore[arg-type]
+    return TorchEngine(debug_model(), TrainConfig(engine="torch", precision="fp32"), processes)
 
 
 @pytest.fixture

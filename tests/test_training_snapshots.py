@@ -6,6 +6,7 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def processes() -> Iterator[Processes]:
 
 @pytest.fixture
 def engine(processes: Processes) -> TorchEngine:
-    return TorchEngine(debug_model(), TrainConfig(engine="torch", precision="fp32"), processes)  # type: ignore[arg-type]
+    return TorchEngine(debug_model(), TrainConfig(engine="torch", precision="fp32"), processes)
 
 
 def of_a_run(run: Path, processes: Processes, **identity: Any) -> Snapshots:
@@ -158,13 +159,9 @@ def run(data: Path, out: Path, dies_at: int = 0, **changed: Any) -> None:
             raise Killed
         log(trainer, *arguments)
 
-    loop.Trainer._log = dying  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        patch.setattr(loop.Trainer, "_log", dying)
         train(parse(options(data, out, steps=STEPS, ema=0.9, ema_every=1, **changed)), this_rank())
-    except Killed:
-        pass
-    finally:
-        loop.Trainer._log = log  # type: ignore[method-assign]
 
 
 def all_runs(data: Path, folder: Path, engines: list[tuple[str, int]]) -> None:
@@ -204,11 +201,17 @@ def test_a_killed_run_goes_on_bit_equal(
 def begun_anew(data: Path, out: Path) -> None:
     choice = {"engine": "torch", "snapshot_every": 1}
     run(data, out, DIES_AT, **choice)
+    run(data, out, 1, **choice, optimizer="lion", resume="latest")  # says that it begins anew
+    assert not (out / "snapshots").exists()
+    run(data, out, DIES_AT, **choice)
     run(data, out, 1, **choice)
     run(data, out, **choice, resume="latest")
 
 
-def test_a_run_that_begins_anew_forgets_the_snapshots_of_the_one_before(tmp_path: Path) -> None:
+def test_a_run_that_begins_anew_forgets_the_snapshots_of_the_one_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run_on_ranks(1, begun_anew, small_data(tmp_path / "data"), out, timeout=TIMEOUT)
+    assert capfd.readouterr().out.count("The snapshots are left out: ") == 1
     assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))

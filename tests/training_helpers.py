@@ -19,7 +19,7 @@ from torch import Tensor
 from fastclip.data import normalize_image, train_tokenizer
 from fastclip.grad_cache import GradCache
 from fastclip.losses import contrastive_loss
-from fastclip.models import create_model, get_config
+from fastclip.models import CLIP, create_model, get_config
 from fastclip.training.config import TrainConfig
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.engine import Engine, MakeOptimizer, StepResult, build_engine
@@ -52,7 +52,7 @@ def global_batches(count: int, size: int = BATCH) -> list[tuple[Tensor, Tensor]]
     return batches
 
 
-def debug_model() -> torch.nn.Module:
+def debug_model() -> CLIP:
     torch.manual_seed(0)
     return create_model(MODEL)
 

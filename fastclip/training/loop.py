@@ -23,12 +23,11 @@ from fastclip.training.checkpoint import NotSaved, find_checkpoint
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
-from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, over_ranks
+from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, of_all_ranks, over_ranks
 from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end
-from fastclip.training.snapshots import COUNTS
 from fastclip.training.spikes import Spikes
 from fastclip.training.start import TEACHER, Start, prepare
 from fastclip.training.watchdog import Watchdog, watched
@@ -226,8 +225,7 @@ class Trainer:
         self.watchdog.at(f"the checkpoint of step {self.step}", is_limited=False)
         self.saved_at = -1
         with self.clock.stopped():
-            loader = self.start.loader.state_dict(self.step)
-            loader |= {name: over_ranks(Counter(loader[name]), self.processes) for name in COUNTS}
+            loader = of_all_ranks(self.start.loader.state_dict(self.step), self.processes)
             self.start.checkpoints.save(self.step, self.engine, loader, self._progress(), self._average())
         self.saved_at = self.step
 

@@ -111,6 +111,11 @@ def over_ranks(counts: Counter[str], processes: Processes) -> dict[str, int]:
     return dict(total)
 
 
+def of_all_ranks(loader: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A loader's state with the sum of all ranks' counts in place of this one's; every rank must call it."""
+    return loader | {name: over_ranks(Counter(loader[name]), processes) for name in ("skipped", "seen")}
+
+
 def in_words(skipped: Mapping[str, int]) -> str:
     """`12 unreadable image, 3 truncated caption`."""
     return ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in sorted(skipped.items()))

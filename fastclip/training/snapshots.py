@@ -2,8 +2,8 @@
 
 A checkpoint is hashed and flushed, and holds a model to use. A snapshot is what the engine needs to go on and nothing
 else, in files that the kernel keeps whatever becomes of the processes, and costs little more than a copy in memory. It
-is worth nothing once the machine has started anew, which its boot id tells. Two take turns, so that a
-kill within one leaves the other.
+is worth nothing once the machine has started anew, which its boot id tells. Two take turns, so that a kill within one
+leaves the other.
 
 runs/x/snapshots/0/rank_0.json     step, identity, boot id; where the loader and the run stood; every rank has one
                    state/, ema.pt  see `fastclip.training.mapped`
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +24,10 @@ from fastclip.models.config import CLIPConfig
 from fastclip.training.checkpoint import AVERAGE, STATE, NotSaved, Saved, random_states
 from fastclip.training.engine import Engine
 from fastclip.training.mapped import MappedWriter
+from fastclip.training.metrics import of_all_ranks
 from fastclip.training.processes import Processes
 
 FOLDER, _BOOT = "snapshots", Path("/proc/sys/kernel/random/boot_id")
-COUNTS = ("skipped", "seen")  # of a loader's state: each rank's own
 
 
 class Snapshots:
@@ -77,26 +76,25 @@ class Snapshots:
 
     def newest(self) -> Saved | None:
         """The last one that is whole, of a run like this one, on machines that have not started anew since."""
-        found: dict[int, Path] = {}
-        loaders: dict[int, dict[str, Any]] = {}
+        found: dict[int, tuple[Path, dict[str, Any]]] = {}
         for slot in self._slots:
             try:
                 record = json.loads(self._record(slot).read_text())
             except (OSError, ValueError):
                 continue
             if record["identity"] == self.identity and record["boot"] == _boot():
-                found[record["step"]], loaders[record["step"]] = slot, record
-        every = self.processes.gather(loaders)
-        everywhere = set.intersection(*map(set, every))
+                found[record["step"]] = slot, record
+        everywhere = set.intersection(*map(set, self.processes.gather(list(found))))
         if not everywhere:
             return None
-        step = max(everywhere)
-        self._turn = 1 - self._slots.index(found[step])
-        records = [records[step] for records in every]
-        loader = records[0]["loader"]
-        for name in COUNTS:
-            loader[name] = dict(sum((Counter(record["loader"][name]) for record in records), Counter()))
-        return Saved(found[step], step, self.identity, loader, records[0]["progress"], is_snapshot=True)
+        slot, record = found[max(everywhere)]
+        self._turn = 1 - self._slots.index(slot)
+        loader = of_all_ranks(record["loader"], self.processes)
+        return Saved(slot, record["step"], self.identity, loader, record["progress"], is_snapshot=True)
+
+    def are_there(self) -> bool:
+        """Whether a run has left any, of use or not."""
+        return any(self._record(slot).is_file() for slot in self._slots)
 
     def _record(self, slot: Path) -> Path:
         return slot / f"rank_{self.processes.rank}.json"

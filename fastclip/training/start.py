@@ -126,6 +126,8 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
     identity = _identity(config, processes)
     snapshots = Snapshots(run, model_config, identity, processes)
     snapshot = snapshots.newest() if config.resume == "latest" else None
+    if config.resume == "latest" and snapshot is None and snapshots.are_there():
+        notes.append("The snapshots are left out: of other settings (ranks, stage, model ...), or of before this boot")
     with processes.one_mistake_for_all():
         checkpoints = Checkpoints(
             run,
