@@ -26,7 +26,7 @@ PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	@command -v $(PYTHON) >/dev/null || { echo "python >= 3.10 is missing: apt-get install python3 python3-venv"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is missing: apt-get install g++"; exit 1; }
 	@command -v git >/dev/null || { echo "git is missing: apt-get install git"; exit 1; }

@@ -30,7 +30,7 @@ from benchmarks import machine, plot, predict, rows, table
 from benchmarks.__main__ import LOST
 from benchmarks.cases import CASES
 from fastclip.errors import UserError
-from fastclip.ops import _extension
+from fastclip.ops import _cuda, _extension
 
 ROOT = machine.ROOT
 BUILD_SHARE, TEST_SHARE = 0.2, 0.25  # of the time that is left
@@ -91,28 +91,34 @@ def results_table(measured: Sequence[rows.Row]) -> str:
 
 
 def build(lab: Lab) -> None:
-    """The C++ kernels, where they are not built for this torch."""
-    reason = _loads()
-    if reason is None:
-        return lab.note("C++ kernels: built before")
-    if (missing := _extension.missing()) is not None:
-        return lab.note(f"C++ kernels: not built, {missing}")
-    code = "from fastclip.ops import _extension; _extension.build()"
-    return lab.note(f"C++ kernels: {_status(lab, [sys.executable, '-c', code], 'build.log', BUILD_SHARE)}")
+    """The C++ kernels, where they are not built for this torch; on a GPU the CUDA kernels first, where they are not."""
+    if lab.device == "cuda":
+        _build(lab, "CUDA", "_cuda", _cuda.missing())
+    _build(lab, "C++", "_extension", _extension.missing())
 
 
-def _loads() -> str | None:
+def _build(lab: Lab, kind: str, module: str, missing: str | None) -> None:
+    if _loads(module):
+        return lab.note(f"{kind} kernels: built before")
+    if missing is not None:
+        return lab.note(f"{kind} kernels: not built, {missing}")
+    code = f"from fastclip.ops import {module}; {module}.build()"
+    how = _status(lab, [sys.executable, "-c", code], f"build{module}.log", BUILD_SHARE)
+    return lab.note(f"{kind} kernels: {how}")
+
+
+def _loads(module: str) -> bool:
     """In a process of its own: a library loaded here could not be replaced."""
-    code = "from fastclip.ops import _extension; print(_extension.load() or '')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    return (done.stdout if done.returncode == 0 else done.stderr).strip() or None
+    code = f"import sys; from fastclip.ops import {module}; sys.exit(isinstance({module}.load(), str))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 def test(lab: Lab) -> None:
-    """The tests of the kernels: on a GPU, those of Triton run on it."""
+    """The tests of the kernels: on a GPU, those of Triton and of CUDA run on it."""
     if find_spec("pytest") is None:
         return lab.note("tests: left out, pytest is not installed")
     names = [f"tests/test_{op}{'_triton' if lab.device == 'cuda' else ''}.py" for op in CASES]
+    names += ["tests/test_cuda.py"] * (lab.device == "cuda")
     files = [name for name in names if (ROOT / name).exists()]
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not long and not peer", *files]
     return lab.note(f"tests ({', '.join(files)}): {_status(lab, command, 'tests.log', TEST_SHARE)}")

@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from block_ops_helpers import assert_configurations_compile
+from block_ops_helpers import FAST, TYPES, assert_configurations_compile, needs_cpu_kernels, on_its_device  # noqa: F401
 from torch import Tensor
 
 from fastclip.ops.activation import KINDS, activation, explain
 from fastclip.testing import assert_within_budget, value_and_gradients
 
-FAST = ("cpu", "triton")  # triton in the interpreter, which cuts bfloat16 off where it should round
-TYPES = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 
 def by_hand(z: float, kind: str) -> float:
@@ -102,6 +101,7 @@ def test_registration_and_one_graph(impl: str) -> None:
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-5, atol=1e-6)
 
 
+@needs_cpu_kernels
 def test_backward_keeps_the_input_alone() -> None:
     x, kept = torch.randn(8, 16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -130,6 +130,7 @@ def test_wrong_arguments_are_named(call, message: str) -> None:
         call()
 
 
+@needs_cpu_kernels
 def test_what_is_taken() -> None:
     for dtype, kind, impl in (
         (torch.bfloat16, "quick_gelu", "cpu"),

@@ -330,3 +330,23 @@ def test_says_why_an_implementation_is_not_taken(monkeypatch) -> None:
     assert cuda["xformers"] == "it takes heads of a multiple of 8 dimensions, not 36"
     assert cuda["flash_attn"] == "auto prefers sdpa here"
     assert "CUDA devices only" in {v.impl: v.reason for v in explain("cpu", torch.float16, 50)}["xformers"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "head_dim", "is_packed", "impl"),
+    [
+        *((dtype, n, 64, False, "triton") for dtype in (torch.bfloat16, torch.float16) for n in (77, 197, 257)),
+        (torch.float32, 197, 64, False, "sdpa"),
+        (torch.bfloat16, 50, 64, False, "sdpa"),
+        (torch.bfloat16, 577, 64, False, "sdpa"),
+        (torch.bfloat16, 257, 80, False, "sdpa"),
+        (torch.bfloat16, 77, 64, True, "sdpa"),
+    ],
+)
+def test_auto_on_cuda_takes_what_was_measured(
+    dtype: torch.dtype, length: int, head_dim: int, is_packed: bool, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatch, "has_package", lambda name: True)
+    assert [v.impl for v in explain("cuda", dtype, length, head_dim, is_packed) if v.chosen] == [impl]
+    monkeypatch.setattr(_dispatch, "has_package", lambda name: False)
+    assert [v.impl for v in explain("cuda", dtype, length, head_dim, is_packed) if v.chosen] == ["sdpa"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from fastclip.ops.attention import attention, pooled_attention, reference
 from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+DENSE = [(77, 64, True), (197, 64, False), (257, 64, False), (256, 64, False), (150, 80, False)]
 HEAD_DIMS = (64, 72, 80, 88, 104, 112, 128)
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture
@@ -39,11 +41,13 @@ def bounds(lengths: tuple[int, ...], device: str) -> Tensor:
     return torch.tensor((0, *lengths), device=device).cumsum(0).int()
 
 
-def check(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype, causal: bool, device: str, dense=False) -> None:
+def check(
+    lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype, causal: bool, device: str, dense=False, heads=1
+) -> None:
     """Output and gradient against the specification in fp64."""
     cu_seqlens, longest = bounds(lengths, device), max(lengths)
-    qkv = torch.randn(sum(lengths), 3, 1, head_dim, device=device).to(dtype)
-    weight = torch.randn(sum(lengths), 1, head_dim, device=device, dtype=torch.float64)
+    qkv = torch.randn(sum(lengths), 3, heads, head_dim, device=device).to(dtype)
+    weight = torch.randn(sum(lengths), heads, head_dim, device=device, dtype=torch.float64)
 
     def loss(x: Tensor, impl: str) -> Tensor:
         if dense:
@@ -82,6 +86,41 @@ def test_dense_in_float32(device: str, lengths: tuple[int, ...], head_dim: int, 
     check(lengths, head_dim, torch.float32, causal, device, dense=True)
 
 
+# both launches of the backward: a rest in a step and a block of its own, in a block alone, in neither
+@pytest.mark.parametrize(("length", "head_dim", "causal"), DENSE)
+@pytest.mark.usefixtures("triton_kernels")
+def test_dense(device: str, length: int, head_dim: int, causal: bool) -> None:
+    for dtype in (torch.float16, torch.bfloat16)[: 2 if device == "cuda" else 1]:
+        check((length, length), head_dim, dtype, causal, device, dense=True, heads=2)
+
+
+@pytest.mark.parametrize(("length", "causal"), [(77, True), (197, False), (257, False)])
+@pytest.mark.usefixtures("triton_kernels")
+def test_dense_runs_agree_bitwise(device: str, length: int, causal: bool) -> None:
+    rows, heads = (64, 8) if device == "cuda" else (1, 2)
+    qkv = torch.randn(rows, length, 3, heads, 64, device=device).half().requires_grad_()
+    results = []
+    for _ in range(2):
+        out = attention(qkv, causal=causal, impl="triton")
+        results.append((out.detach(), torch.autograd.grad(out.float().square().sum(), qkv)[0]))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.usefixtures("triton_kernels")
+def test_split_in_every_way(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, causal) -> None:
+    """What the defaults do not use."""
+    blocks = [triton_kernels.Tiles(*rows, False, 4, 2, split=True) for rows in ((64, 64), (128, 32), (64, 32))]
+    for tiles, keys in itertools.product(blocks, blocks):
+        monkeypatch.setattr(
+            triton_kernels, "_tiles", lambda *x, t=tiles, k=keys: replace(t, keys=k) if x[5] else t
+        )  # fmt: skip
+        for length in (130, 144, 177, 192, 257):
+            check((length,), 64, torch.float16, causal, device, dense=True)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(0, 600, 100))
 def test_every_length(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, first: int) -> None:
@@ -91,7 +130,10 @@ def test_every_length(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatc
 
     def larger(dtype: torch.dtype, head_dim: int, longest: int, *options) -> object:
         chosen = tiles(dtype, head_dim, longest, *options)
-        return chosen if chosen.whole or longest % 32 == 1 else replace(chosen, block=128, step=128)
+        if chosen.whole or longest % 32 == 1:
+            return chosen
+        keys = chosen.keys and replace(chosen.keys, block=128, step=128)
+        return replace(chosen, block=128, step=128, keys=keys)
 
     monkeypatch.setattr(triton_kernels, "_tiles", larger)
     for length in range(first + 1, first + 101, 1 if first < 200 else 3):

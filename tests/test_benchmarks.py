@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import harness, lab, plot, predict, rows, table
+from benchmarks import harness, lab, plot, predict, rows, table, train_step
 from benchmarks.case import PHASES, Budget, Case, Problem, Variant
 from benchmarks.cases import CASES, ENCODERS, LOSSES
 from benchmarks.cases.losses import pairs
@@ -439,6 +439,26 @@ def test_the_ops_of_the_encoders_are_measured(op: str, tmp_path: Path) -> None:
         assert float(row["p50_ms"]) > 0
         assert float(row["error"]) <= float(row["budget"])
     assert all(case.problems(device) for device in ("cpu", "cuda"))
+
+
+@pytest.mark.peer
+def test_a_training_step_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sides that cannot run here have their reason in the row, and the others go on."""
+    out, impls = tmp_path / "rows.csv", ("open_clip", "open_clip_32_eager", "fastclip", "fastclip_flash_eager")
+    monkeypatch.setitem(
+        train_step.SIDES, "fastclip_flash_eager", train_step.Side(is_compiled=False, attention="flash_attn")
+    )
+    arguments = ["--model", "debug", "--batch", "4", "--seconds", "0", "--out", str(out), "--impl", *impls]
+    assert train_step.main(arguments) == 1
+    written = {row["impl"]: row for row in rows.read(out)}
+    assert set(written) == set(impls)
+    failed = written.pop("fastclip_flash_eager")
+    assert failed["p50_ms"] == ""
+    assert "flash_attn" in failed["error"]
+    for row in written.values():
+        assert float(row["p50_ms"]) > 0
+        assert 0 <= float(row["error"]) <= train_step.BUDGET
+    assert float(written["open_clip"]["ratio"]) == 1
 
 
 def test_the_operations_of_a_run_are_those_of_the_paper() -> None:

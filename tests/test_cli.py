@@ -28,7 +28,7 @@ from fastclip.data.demo.captions import NUMBER_WORDS, ZERO_SHOT_TEMPLATES
 from fastclip.data.demo.samples import Part
 from fastclip.data.loader import captions_of
 from fastclip.models import create_model, get_config, save_model
-from fastclip.ops import _extension
+from fastclip.ops import _cuda, _extension
 
 ROOT = Path(__file__).parent.parent
 
@@ -513,9 +513,19 @@ def test_build_says_where_and_how_long(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_extension, "missing", lambda: None)
     monkeypatch.setattr(_extension, "build", lambda: [Path("some/_C.so")])
     monkeypatch.setattr(_extension, "load", lambda: None)
+    monkeypatch.setattr(_cuda, "missing", lambda: None)
+    monkeypatch.setattr(_cuda, "build", lambda: "")
+    monkeypatch.setattr(_cuda, "load", lambda: object())
     status, out, _ = run("build")
     assert status == 0
     assert re.search(r"Built some/_C.so in \d+ s", out)
+    assert re.search(r"Built \S*/_cuda_sm90.so in \d+ s", out)
+    monkeypatch.setattr(_cuda, "load", lambda: "it is for another machine")
+    assert run("build")[0] == 1
+    monkeypatch.setattr(_cuda, "missing", lambda: "there is no nvcc")
+    status, out, _ = run("build")
+    assert status == 0
+    assert out.endswith("The GPU kernels are left out: there is no nvcc\n")
     monkeypatch.setattr(_extension, "load", lambda: "it is for another machine")
     assert run("build")[0] == 1
 

@@ -86,6 +86,16 @@ def test_a_deepspeed_json_of_the_users(run: Run, tmp_path: Path) -> None:
         assert words in " ".join(out.split())
 
 
+def test_doctor_says_which_kernels_are_built(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = machine.inspect_machine()
+    for reason, words in ((None, "GPU compiled, loaded"), ("not built: " + "why " * 30, "GPU not built: why why")):
+        monkeypatch.setattr(doctor, "inspect_machine", lambda reason=reason: {**real, "gpu_kernels": reason})
+        status, out, _ = run("doctor")
+        assert status == 0
+        assert words in " ".join(out.split())
+        assert max(map(len, out.splitlines())) <= 80
+
+
 def test_doctor_without_torch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     real = machine.inspect_machine()
     monkeypatch.setattr(doctor, "inspect_machine", lambda: {**real, "broken": {"torch": "no libcudart"}})
@@ -103,6 +113,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "gpus": [{}],
         "compiler": "g++",
         "kernels": None,
+        "gpu_kernels": None,
         "apex_is_nvidias": None,
         "needs_torch": {},
         "torch_wants_triton": None,
@@ -129,6 +140,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         ({"broken": {"torchvision": "no nms"}}, "clash", "torchvision", "cannot be imported: no nms"),
         ({"kernels": "_C.so was built for torch 2.11, this is"}, "clash", "kernels", "built for torch 2.11"),
         ({"kernels": "the compiled kernels are not built"}, "note", "kernels", "not built"),
+        ({"gpu_kernels": "not built", "gpus": [{"capability": "90"}]}, "note", "kernels", "take Triton's"),
         ({"compiler": None}, "note", "compiler", "no C++ compiler"),
     ],
 )

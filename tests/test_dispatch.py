@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
-from fastclip.ops import _dispatch, _extension
+from fastclip.ops import _cuda, _dispatch, _extension
 from fastclip.ops.contrastive_loss import explain, implementations
 
 NAMES = ("slow", "fast", "faster")
@@ -52,11 +53,27 @@ def test_contrastive_block_on_the_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 def test_contrastive_block_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen("cuda", torch.bfloat16, 256) == "dense"
-    assert chosen("cuda", torch.float16, 32768) == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda, "why_not", lambda device: None)  # on an H100 or H200
+    assert chosen("cuda", torch.bfloat16, 256) == chosen("cuda", torch.bfloat16, 8192) == "cuda"
+    assert chosen("cuda", torch.float16, 32768) == "cuda"
+    assert chosen("cuda", torch.float32, 32768) == "triton"
     assert chosen("cuda", torch.float64, 32768) == "reference"
+    monkeypatch.setattr(_cuda, "why_not", lambda device: "it is another GPU")
+    assert chosen("cuda", torch.bfloat16, 32768) == "triton"
+    assert any(v == ("cuda", False, "it is another GPU") for v in explain("cuda", torch.bfloat16, 32768))
+    monkeypatch.setattr(_cuda, "why_not", lambda device: None)
     monkeypatch.setattr(_dispatch, "has_package", lambda name: False)
     assert chosen("cuda", torch.float16, 32768) == "reference"
+
+
+@pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss"])
+def test_a_gpu_that_is_not_here(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    verdicts = import_module(f"fastclip.ops.{op}").explain("cuda", torch.bfloat16, 32768)
+    assert [v.impl for v in verdicts] == ["reference", "dense", "cpu", "triton", "cuda"]
+    assert [v.impl for v in verdicts if v.chosen] == ["triton"]
+    assert verdicts[-1].reason == "torch finds no GPU"
 
 
 def test_dense_refuses_what_it_should_not_hold() -> None:

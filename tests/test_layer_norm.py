@@ -7,15 +7,14 @@ import types
 
 import pytest
 import torch
-from block_ops_helpers import assert_configurations_compile
+from block_ops_helpers import FAST, TYPES, assert_configurations_compile, needs_cpu_kernels, on_its_device  # noqa: F401
 from torch import Tensor
 
 from fastclip.ops import _dispatch
 from fastclip.ops.layer_norm import apex, explain, layer_norm, reference
 from fastclip.testing import assert_within_budget, value_and_gradients
 
-FAST = ("cpu", "triton")  # triton in the interpreter, which cuts bfloat16 off where it should round
-TYPES = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)]
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, with_residual: bool, weights: torch.dtype | None = None):
@@ -127,6 +126,7 @@ def test_registration_and_one_graph(impl: str) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@needs_cpu_kernels
 def test_backward_keeps_the_sum_and_two_numbers_a_row() -> None:
     x, weight, bias, residual = (y.requires_grad_() for y in inputs((8, 64), torch.float32, True))
     kept: list[Tensor] = []
@@ -158,6 +158,7 @@ def test_apex_is_called_with_its_own_arguments(monkeypatch, weights: torch.dtype
     torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2)
 
 
+@needs_cpu_kernels
 def test_says_why_an_implementation_is_not_taken(monkeypatch) -> None:
     x, weight = torch.zeros(2, 3), torch.ones(3)
     with pytest.raises(ValueError, match="layer_norm: impl='apex' cannot run: the package apex is not installed"):

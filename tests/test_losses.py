@@ -145,7 +145,11 @@ IDS = torch.arange(4)
         ((IMAGE, TEXT, SCALE), {"ring": True}, r"ring is True, must be False without a group"),
         ((IMAGE, TEXT, SCALE), {"directions": "row"}, r"directions is 'row'"),
         ((IMAGE, TEXT, SCALE), {"reduction": "avg"}, r"reduction is 'avg'"),
-        ((IMAGE, TEXT, SCALE), {"impl": "cuda"}, r"impl is 'cuda', must be one of auto, reference, dense, cpu, triton"),
+        (
+            (IMAGE, TEXT, SCALE),
+            {"impl": "gpu"},
+            "impl is 'gpu', must be one of auto, .*dense, cpu, triton, cuda",
+        ),
         (
             (IMAGE.double(), TEXT.double(), SCALE),
             {"impl": "cpu"},

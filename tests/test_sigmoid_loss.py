@@ -362,7 +362,7 @@ INPUTS = (IMAGE, TEXT, SCALE, BIAS)
         (INPUTS, {"weights": torch.ones(4, 1)}, r"weights has shape \(4, 1\), must be \(4,\)"),
         (INPUTS, {"weights": torch.arange(4)}, r"weights is torch.int64, must be a floating-point type"),
         (INPUTS, {"weights": torch.ones(4, device="meta")}, r"weights is on meta, must be on cpu"),
-        (INPUTS, {"impl": "cuda"}, r"impl is 'cuda', must be one of auto, reference, dense, cpu, triton"),
+        (INPUTS, {"impl": "gpu"}, r"impl is 'gpu', must be one of auto, reference, dense, cpu, triton, cuda"),
         ((IMAGE.double(), TEXT.double(), SCALE, BIAS), {"impl": "cpu"}, r"it takes float32 and bfloat16"),
         ((IMAGE.double(), TEXT.double(), SCALE, BIAS), {"impl": "triton"}, r"it takes float32, bfloat16 and float16"),
         ((IMAGE.log(), TEXT, SCALE, BIAS), {"check_values": True}, r"image_features has values that are not finite"),

@@ -47,6 +47,8 @@ def _torch(facts: dict[str, Any]) -> Iterator[Note]:
     if facts["kernels"]:
         level = "clash" if "built for" in facts["kernels"] else "note"
         yield Note(level, "kernels", f"training on the CPU is slower: {facts['kernels']}")
+    if facts["gpu_kernels"] and any(gpu["capability"] == "90" for gpu in facts["gpus"]):
+        yield Note("note", "kernels", f"the losses on this GPU take Triton's kernels: {facts['gpu_kernels']}")
     if not facts["compiler"]:
         yield Note("note", "compiler", "there is no C++ compiler: `fastclip build` and DeepSpeed on the CPU need g++")
 

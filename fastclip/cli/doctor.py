@@ -117,7 +117,7 @@ def _text(report: dict[str, Any]) -> str:
         f"CPU      {cpu['cores']} of {cpu['cores_of_machine']} cores, {cpu['memory_gib']:.0f} GiB, {cpu['name']}\n"
         f"         {' '.join(cpu['features']) or 'no vector features found'}\n"
         f"GPU      {_gpus(report)}\n"
-        f"Kernels  {report['kernels'] or 'compiled for the CPU, loaded'}",
+        f"{_kernels('Kernels  CPU', report['kernels'])}\n{_kernels('         GPU', report['gpu_kernels'])}",
         f"Packages\n{table(rows, left=(0, 1, 2), indent='  ')}",
     ]
     parts += [_op_text(op, [entry for entry in report["ops"] if entry["op"] == op]) for op in CASES if report["ops"]]
@@ -129,6 +129,11 @@ def _text(report: dict[str, Any]) -> str:
     clashing = sum(note["level"] == "clash" for note in report["notes"])
     parts.append("\n".join([f"Known clashes: {clashing or 'none'} (marked !); and what to know", *notes]))
     return "\n\n".join(parts)
+
+
+def _kernels(title: str, reason: str | None) -> str:
+    text = reason or "compiled, loaded"
+    return textwrap.fill(text, WIDTH, initial_indent=f"{title}  ", subsequent_indent=" " * (len(title) + 2))
 
 
 def _gpus(report: dict[str, Any]) -> str:

@@ -53,6 +53,7 @@ def inspect_machine() -> dict[str, Any]:
         "gpus": [],
         "compiler": shutil.which("c++") or shutil.which("g++"),
         "kernels": None,
+        "gpu_kernels": None,
         "apex_is_nvidias": _has_module("apex", "normalization"),
         "needs_torch": {name: need for name in BUILT_FOR_TORCH if (need := _need_of(name, "torch"))},
         "torch_wants_triton": _need_of("torch", "triton"),
@@ -61,10 +62,13 @@ def inspect_machine() -> dict[str, Any]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return facts | {"broken": {"torch": str(error)}, "kernels": "torch cannot be imported"}
-    from fastclip.ops import _extension
+        absent = "torch cannot be imported"
+        return facts | {"broken": {"torch": str(error)}, "kernels": absent, "gpu_kernels": absent}
+    from fastclip.ops import _cuda, _extension
 
     facts["kernels"] = _extension.load()
+    library = _cuda.load()
+    facts["gpu_kernels"] = library if isinstance(library, str) else None
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         capability = f"{about.major}{about.minor}"

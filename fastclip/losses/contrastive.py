@@ -12,7 +12,7 @@ from fastclip.distributed import Layout, all_reduce_sum, gather_rows
 from fastclip.losses.checks import agreed_layout, check_contrastive
 from fastclip.losses.small import is_made_at_once
 from fastclip.losses.terms import Pairing, Terms, contrastive_terms
-from fastclip.ops._at_once import mean_at_once
+from fastclip.ops.contrastive_loss.at_once import contrastive_mean_at_once
 from fastclip.ops.contrastive_loss.sums import group_size
 
 Directions = Literal["both", "image", "text"]
@@ -157,7 +157,7 @@ def contrastive_loss(
         check_values: verify that the inputs are finite and their values as said above, also on a GPU, where it costs a
             synchronisation. Values that no check has seen, on a GPU or in a compiled graph, make the loss NaN where
             they are wrong; NaN and infinite features always make it NaN.
-        impl: "auto", "reference", "dense", "cpu" or "triton"; one that cannot run raises.
+        impl: "auto", "reference", "dense", "cpu", "triton" or "cuda"; one that cannot run raises.
 
     Returns:
         The loss in fp32 (fp64 for fp64 features), or (loss, ContrastiveStats).
@@ -174,10 +174,11 @@ def contrastive_loss(
     is_plain = all(x is None for x in (labels, group_ids, weights, group)) and not (label_smoothing or normalize)
     is_plain = is_plain and (directions, reduction, return_stats) == ("both", "mean", False)
     if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl):
-        return mean_at_once("contrastive_loss_mean", image_features, text_features, logit_scale.reshape(()))
+        return contrastive_mean_at_once(image_features, text_features, logit_scale.reshape(()))
     image_ids, text_ids = _halves(group_ids)
     pairing = Pairing(labels, image_ids, text_ids, image_ids is not None and group_mode == "ignore", layout)
-    sums = (True,) * (image_ids is not None and group_mode == "positive") + (False,) * (label_smoothing > 0)
+    has_positives = image_ids is not None and group_mode == "positive"
+    sums = ((True,) if has_positives else ()) + ((False,) if label_smoothing > 0 else ())
 
     terms = contrastive_terms(
         image_features, text_features, logit_scale.reshape(()), pairing, sums, normalize, ring, memory_budget, impl

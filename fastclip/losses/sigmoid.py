@@ -57,7 +57,7 @@ def sigmoid_loss(
         group: process group, None for this process alone.
         check_values: verify that the inputs are finite and, across ranks on a GPU, of equal length; costs a
             synchronisation. (On the CPU the lengths are always compared.)
-        impl: "auto", "reference", "dense", "cpu" or "triton"; one that cannot run raises.
+        impl: "auto", "reference", "dense", "cpu", "triton" or "cuda"; one that cannot run raises.
 
     Returns:
         The loss in fp32 (fp64 for fp64 features).
@@ -70,9 +70,10 @@ def sigmoid_loss(
     _check_rows("group_ids", group_ids, image_features, check_values)
     _check_rows("weights", weights, image_features, check_values)
     is_plain = all(x is None for x in (group_ids, weights, group)) and reduction == "mean" and not normalize
+    is_plain = is_plain and image_features.device.type == "cpu"
     if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl):
         scalars = (logit_scale.reshape(()), logit_bias.reshape(()))
-        return mean_at_once("sigmoid_loss_mean", image_features, text_features, *scalars)
+        return mean_at_once(torch.ops.fastclip_cpu.sigmoid_loss_mean, image_features, text_features, *scalars)
     if normalize:
         image_features, text_features = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
     n, offset, all_text = image_features.shape[0], 0, text_features

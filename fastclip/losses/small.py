@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastclip.ops import _extension
+from fastclip.ops import _cuda, _extension
 
 IN_CACHE = 4 << 20  # bytes of logits that the CPU keeps in any case: they are still near when backward comes
+LAUNCHES = 8192  # pairs up to which a GPU's time goes into launches rather than products
 
 
 def has_gradient(*tensors: Tensor) -> bool:
@@ -13,15 +14,17 @@ def has_gradient(*tensors: Tensor) -> bool:
 
 
 def is_made_at_once(image_features: Tensor, text_features: Tensor, scale: Tensor, impl: str) -> bool:
-    """Whether the plain mean loss and its gradient are best made in one call of the compiled kernel."""
+    """Whether the plain mean loss and its gradient are best made in one call of the compiled kernels."""
     n, m = image_features.shape[0], text_features.shape[0]
+    if torch.compiler.is_compiling() or n != m or not has_gradient(image_features, text_features, scale):
+        return False
+    if image_features.device.type == "cuda":
+        is_taken = n <= LAUNCHES and image_features.dtype in (torch.float16, torch.bfloat16)
+        return is_taken and impl in ("auto", "cuda") and _cuda.why_not("cuda") is None
     return (
-        not torch.compiler.is_compiling()
-        and n == m
-        and n * m * 4 <= IN_CACHE
+        n * m * 4 <= IN_CACHE
         and image_features.device.type == "cpu"
         and image_features.dtype in (torch.float32, torch.bfloat16)
         and impl in ("auto", "cpu")
-        and has_gradient(image_features, text_features, scale)
         and _extension.load() is None
     )

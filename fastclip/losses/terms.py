@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastclip.distributed import Layout
 from fastclip.losses import gathered, ring, small
 from fastclip.losses.blocks import Problem
-from fastclip.ops._rows import inner_product
+from fastclip.ops._rows import inner_product, scaled, scaled_and_inner
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 
 SMALLEST_NORM = 1e-12  # F.normalize's: what is shorter counts as the zero vector
@@ -60,7 +60,7 @@ def contrastive_terms(
         if image_features.device.type == "cpu":  # whose 16-bit products cost less than fetching logits from memory
             memory_budget = max(memory_budget * (image_features.dtype.itemsize > 2), small.IN_CACHE)
         row_bytes = sum(pairing.layout.texts) * accumulation_dtype(image_features.dtype).itemsize
-        kept_rows = torch.sym_min(image_features.shape[0], memory_budget // row_bytes)
+        kept_rows = min(image_features.shape[0], memory_budget // row_bytes)
     options = (sums, normalize, uses_ring, kept_rows, impl)
     outputs = _Terms.apply(image_features, text_features, scale, *pairing, *options)
     positive, row_max, row_log_sum, *row_sums = outputs[: 3 + len(sums)]
@@ -112,10 +112,10 @@ class _Terms(torch.autograd.Function):
         grad_image, grad_text = ctx.strategy.gradients(
             problem, kept, (row_max, row_log_sum), d_positive, d_rows, d_columns
         )
-        d_scale = inner_product(image, grad_image)  # sum_ij dz_ij cos_ij: no pass over the matrix
         factor = scale.to(grad_image.dtype)
-        d_image = _d_features(grad_image.mul_(factor), image_features, image, image_norm)
-        d_text = _d_features(grad_text.mul_(factor), text_features, text, text_norm)
+        d_image, d_scale = _d_features(grad_image, factor, image_features, image, image_norm, True)
+        d_text, _ = _d_features(grad_text, factor, text_features, text, text_norm, False)
+        assert d_scale is not None
         return d_image, d_text, d_scale.to(scale.dtype), *(None,) * 10
 
 
@@ -149,9 +149,16 @@ def _unit(x: Tensor, reciprocal_norm: Tensor | None) -> Tensor:
     return wide.half() if x.dtype in (torch.float16, torch.bfloat16) and x.device.type != "cpu" else wide
 
 
-def _d_features(d_unit: Tensor, x: Tensor, unit: Tensor, reciprocal_norm: Tensor | None) -> Tensor:
-    """The gradient for x from that for `unit`, rounded once."""
+def _d_features(
+    grad: Tensor, factor: Tensor, x: Tensor, unit: Tensor, reciprocal_norm: Tensor | None, wants_inner: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient for x, rounded once, from factor * grad for `unit`; where wanted sum_ij dz_ij cos_ij too, which is
+    <unit, grad>: no pass over the matrix. May overwrite grad."""
+    if reciprocal_norm is None and x.dtype != grad.dtype:
+        return scaled_and_inner(grad, unit, factor, x.dtype) if wants_inner else (scaled(grad, factor, x.dtype), None)
+    inner = inner_product(unit, grad) if wants_inner else None
+    d_unit = grad.mul_(factor)
     if reciprocal_norm is not None:
         wide = unit.to(d_unit.dtype)
         d_unit = (d_unit - wide * (wide * d_unit).sum(1, keepdim=True)) * reciprocal_norm[:, None]
-    return d_unit.to(x.dtype)
+    return d_unit.to(x.dtype), inner

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastclip.models.config import TextConfig
-from fastclip.models.transformer import Transformer
+from fastclip.models.transformer import LayerNorm, Transformer
 from fastclip.ops.attention.packing import PackedText, caption_ends, pack_text
 
 
@@ -25,7 +25,7 @@ class TextTower(nn.Module):
         self.transformer = Transformer(
             width, config.layers, config.heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
-        self.ln_final = nn.LayerNorm(width, config.norm_eps)
+        self.ln_final = LayerNorm(width, config.norm_eps)
         self.text_projection: nn.Linear | nn.Parameter
         if config.proj_bias:
             self.text_projection = nn.Linear(width, embed_dim)

@@ -27,6 +27,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In the dtype of x, as open_clip's: autocast on a GPU returns fp32, and so would every sum behind ln_pre be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype."""
+        return super().forward(x).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters of `nn.MultiheadAttention` and one product for Q, K and V.
 
@@ -128,10 +136,10 @@ class Block(nn.Module):
         self, width: int, heads: int, mlp_ratio: float, act: str, norm_eps: float, ls_init_value: float | None
     ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, norm_eps)
+        self.ln_1 = LayerNorm(width, norm_eps)
         self.attn = Attention(width, heads)
         self.ls_1 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
-        self.ln_2 = nn.LayerNorm(width, norm_eps)
+        self.ln_2 = LayerNorm(width, norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), act)
         self.ls_2 = nn.Identity() if ls_init_value is None else LayerScale(width, ls_init_value)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastclip.models.config import VisionConfig
-from fastclip.models.transformer import MLP, Transformer
+from fastclip.models.transformer import MLP, LayerNorm, Transformer
 from fastclip.ops.attention import pooled_attention
 
 
@@ -69,7 +69,7 @@ class LatentPool(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, norm_eps)
+        self.norm = LayerNorm(width, norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), act)
         nn.init.trunc_normal_(self.latent, std=width**-0.5)
 
@@ -103,11 +103,11 @@ class VisionTransformer(nn.Module):
             self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(config.grid**2 + self.has_class_token, width))
         has_ln_pre = self.has_class_token and not config.no_ln_pre
-        self.ln_pre = nn.LayerNorm(width, config.norm_eps) if has_ln_pre else nn.Identity()
+        self.ln_pre = LayerNorm(width, config.norm_eps) if has_ln_pre else nn.Identity()
         self.transformer = Transformer(
             width, config.layers, heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
-        self.ln_post = nn.LayerNorm(width, config.norm_eps)
+        self.ln_post = LayerNorm(width, config.norm_eps)
         if self.has_class_token:
             self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
         else:

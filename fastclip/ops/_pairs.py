@@ -8,12 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastclip.ops import _dispatch, _extension
+from fastclip.ops import _cuda, _dispatch, _extension
 
-IMPLS = ("reference", "dense", "cpu", "triton")
+IMPLS = ("reference", "dense", "cpu", "triton", "cuda")
 # Up to here the launches of the chunked paths cost more than the matrix. On the CPU (2 cores, fp32 and bf16, D = 128
-# and 512, N = 64 to 4096) "cpu" was never behind "dense", nor "dense" behind "reference" up to N = 1024. CUDA is not
-# measured.
+# and 512, N = 64 to 4096) "cpu" was never behind "dense", nor "dense" behind "reference" up to N = 1024. On an H200
+# "cuda" was never behind "dense" (N = 256 to 8192); "dense" beside "triton" is not measured there.
 DENSE_UP_TO = 1 << 20
 
 
@@ -28,7 +28,7 @@ class PairOp:
         """What "auto" tries, best first, for n x m logits."""
         if device_type == "cpu":
             return ("cpu", "dense", "reference") if n * m <= DENSE_UP_TO else ("cpu", "reference")
-        return ("dense", "triton", "reference") if n * m <= DENSE_UP_TO else ("triton", "reference")
+        return ("cuda", "dense", "triton", "reference") if n * m <= DENSE_UP_TO else ("cuda", "triton", "reference")
 
     def why_not(self, impl: str, device_type: str, dtype: torch.dtype, n: int, m: int) -> str | None:
         """The reason `impl` cannot run on such tensors, or None."""
@@ -40,6 +40,12 @@ class PairOp:
             if dtype not in (torch.float32, torch.bfloat16):
                 return f"it takes float32 and bfloat16, not {dtype}"
             return _extension.load()
+        if impl == "cuda":
+            if dtype not in (torch.bfloat16, torch.float16):
+                return f"it takes bfloat16 and float16, not {dtype}"
+            if not _dispatch.has_package("triton"):
+                return "the package triton, whose kernels it takes for groups, is not installed"
+            return _cuda.why_not(device_type)
         if impl == "triton":
             if not _dispatch.has_package("triton"):
                 return "the package triton is not installed"

@@ -146,7 +146,7 @@ class TrainConfig:
     teacher_image.npy and teacher_text.npy."""
     distill_scale: float = 100.0
     """The teacher's logit scale, exponentiated."""
-    loss_impl: Literal["auto", "reference", "dense", "cpu", "triton"] = "auto"
+    loss_impl: Literal["auto", "reference", "dense", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the contrastive loss."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"

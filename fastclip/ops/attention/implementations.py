@@ -8,9 +8,12 @@ from fastclip.ops import _dispatch, _extension
 
 IMPLS = ("reference", "sdpa", "cpu", "triton", "xformers", "flash_attn")
 # On the CPU (2 cores), tokens up to which the C++ kernel's forward and backward beat SDPA's, packed or in bf16; dense
-# sequences in fp32 go to SDPA (benchmarks/results/cpu.csv). CUDA is not measured: there "auto" stays with SDPA, and the
-# others are taken by name.
+# sequences in fp32 go to SDPA (benchmarks/results/cpu.csv).
 SHORT = 256
+# On CUDA, the tokens between which Triton's kernels are taken for dense 16-bit heads of 64 dimensions: what an H200 has
+# measured (docs/performance.md: 2.4 to 3.1 times as fast as the best of SDPA's, forward and backward). What it has not
+# goes to SDPA: other heads, packed captions, fewer or more tokens.
+MEASURED_ON_CUDA = (65, 257)
 LARGEST_HEAD = {"triton": 128, "flash_attn": 256, "xformers": 256}
 TAKES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -20,8 +23,12 @@ TAKES = {
 }
 
 
-def order(device_type: str, dtype: torch.dtype, length: int, is_packed: bool) -> tuple[str, ...]:
+def order(device_type: str, dtype: torch.dtype, length: int, head_dim: int, is_packed: bool) -> tuple[str, ...]:
     """What "auto" tries, best first."""
+    if device_type == "cuda":
+        first, last = MEASURED_ON_CUDA
+        is_measured = first <= length <= last and head_dim == 64 and not is_packed
+        return ("triton", "sdpa") if is_measured and dtype in (torch.bfloat16, torch.float16) else ("sdpa",)
     is_ours = device_type == "cpu" and length <= SHORT and (is_packed or dtype == torch.bfloat16)
     return ("cpu", "sdpa") if is_ours else ("sdpa",)
 
@@ -60,7 +67,7 @@ _is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def pick(impl: str, device_type: str, dtype: torch.dtype, length: int, head_dim: int, is_packed: bool) -> str:
     """The implementation to run; see `_dispatch.pick` for errors."""
-    tried = order(device_type, dtype, length, is_packed)
+    tried = order(device_type, dtype, length, head_dim, is_packed)
     return _dispatch.pick("attention", impl, IMPLS, tried, lambda name: why_not(name, device_type, dtype, head_dim))
 
 
@@ -68,5 +75,5 @@ def explain(
     device_type: str, dtype: torch.dtype, length: int, head_dim: int = 64, is_packed: bool = False
 ) -> list[_dispatch.Verdict]:
     """Which implementation "auto" takes for sequences of up to `length` tokens, and why not the others."""
-    tried = order(device_type, dtype, length, is_packed)
+    tried = order(device_type, dtype, length, head_dim, is_packed)
     return _dispatch.explain("attention", IMPLS, tried, lambda name: why_not(name, device_type, dtype, head_dim))

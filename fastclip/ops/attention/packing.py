@@ -100,7 +100,9 @@ class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(rows)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
+        out = x.new_zeros(size, *x.shape[1:])
+        # Dynamo of torch 2.11 loses the gradient behind index_copy_; in a graph the two are one.
+        return out.index_copy(0, rows, x) if torch.compiler.is_compiling() else out.index_copy_(0, rows, x)
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the total's fp32."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += product(a, b)
+
+
 def statistics(block: Block) -> Statistics:
     """As `reference.statistics`."""
     positive, logits = _split(block)

@@ -2,8 +2,9 @@
 `fastclip::contrastive_sums_fwd` and `_bwd`, the sums over groups that go with it.
 
 An implementation supplies two functions, `statistics` and `negative_gradients` (see `reference`); what is O(N D), the
-positives' gradient, is shared here. Gradients leave the operators in the accumulation dtype and not yet multiplied by
-the scale: whoever adds to them does so before the one rounding.
+positives' gradient, is shared. "cuda" makes both gradients in one, `gradients`, of the blocks that it `takes`.
+Gradients leave the operators in the accumulation dtype and not yet multiplied by the scale: whoever adds to them does
+so before the one rounding.
 """
 
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastclip.ops._rows import add_scaled, inner_product, parts
+from fastclip.ops._rows import inner_product
 from fastclip.ops.contrastive_loss import sums
 from fastclip.ops.contrastive_loss.implementations import implementation
+from fastclip.ops.contrastive_loss.positives import add_positives
 from fastclip.ops.contrastive_loss.reference import accumulation_dtype
 from fastclip.ops.contrastive_loss.types import Block
 
@@ -90,12 +92,15 @@ def _bwd(
     with torch.autocast(image_features.device.type, enabled=False):
         kernels = implementation(impl, image_features, text_features)
         scale = logit_scale.to(accumulation_dtype(image_features.dtype))
-        row_lse, d_row_lse = _exact_lse(row_max, row_log_sum, d_row_lse)
-        col_lse, d_col_lse = _exact_lse(col_max, col_log_sum, d_col_lse)
         mask = (offset, labels, row_groups, col_groups, kept if kept.numel() else None)
         block = Block(image_features, text_features, scale, *mask)
+        if hasattr(kernels, "gradients") and kernels.takes(block):
+            lse = (row_max, row_log_sum, d_row_lse, col_max, col_log_sum, d_col_lse)
+            return kernels.gradients(block, *lse, d_positive)
+        row_lse, d_row_lse = _exact_lse(row_max, row_log_sum, d_row_lse)
+        col_lse, d_col_lse = _exact_lse(col_max, col_log_sum, d_col_lse)
         grad_image, grad_text = kernels.negative_gradients(block, row_lse, col_lse, d_row_lse, d_col_lse)
-        _add_positives(grad_image, grad_text, d_positive, image_features, text_features, offset, labels)
+        add_positives(grad_image, grad_text, d_positive, image_features, text_features, offset, labels)
         return grad_image, grad_text
 
 
@@ -107,30 +112,6 @@ def _exact_lse(highest: Tensor, log_sum: Tensor, d_lse: Tensor) -> tuple[Tensor,
     lost = (highest - (lse - rest)) + (log_sum - rest)  # exactly highest + log_sum - lse (Knuth's two-sum)
     is_empty = lse == -torch.inf
     return lse.masked_fill(is_empty, torch.inf), torch.where(is_empty, d_lse, d_lse * torch.exp(-lost))
-
-
-def _add_positives(
-    grad_image: Tensor,
-    grad_text: Tensor,
-    d_positive: Tensor,
-    image_features: Tensor,
-    text_features: Tensor,
-    offset: int,
-    labels: Tensor | None,
-) -> None:
-    n, m = image_features.shape[0], text_features.shape[0]
-    if labels is None:
-        own = slice(offset, offset + n)
-        if offset < m:
-            add_scaled(grad_image, d_positive, text_features[own])
-            add_scaled(grad_text[own], d_positive, image_features)
-        return
-    weight = torch.where((labels >= 0) & (labels < m), d_positive, 0)
-    labels = labels.clamp(0, m - 1)
-    add_scaled(grad_image, weight, text_features[labels])
-    # one at most has a weight in each row of the text, so that the order of the sum does not matter
-    for rows in parts(grad_image):
-        grad_text.index_add_(0, labels[rows], weight[rows, None] * image_features[rows].to(grad_text.dtype))
 
 
 def _fwd_fake(

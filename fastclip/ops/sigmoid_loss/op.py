@@ -78,8 +78,13 @@ def _fwd_bwd(
         block, own_text, own = _block(
             image_features, text_features, logit_scale, logit_bias, row_groups, col_groups, offset
         )
-        others = kernels.losses_and_gradients(block, weights)
         d_own = -weights * (-own).sigmoid()  # softplus'(-z) by z, weighted
+        if hasattr(kernels, "gradients") and kernels.takes(block):
+            others, d_logit_scale = kernels.gradients(block, weights, d_own)
+            d_logit_bias = total(weights * others.d_logits + d_own)
+            loss = others.loss.add_(softplus(-own))
+            return loss, others.grad_image, others.grad_text, d_logit_scale, d_logit_bias
+        others = kernels.losses_and_gradients(block, weights)
         grad_image, grad_text = others.grad_image, others.grad_text
         add_scaled(grad_image, d_own, own_text)
         add_scaled(grad_text[offset : offset + image_features.shape[0]], d_own, image_features)
@@ -160,7 +165,7 @@ def sigmoid_rows(
         logit_scale, logit_bias: 0-dim; the scale exponentiated.
         row_groups, col_groups: (n,) and (M,) int64: pairs of one group are positives too. Both or neither.
         offset: 0 <= offset <= M - n.
-        impl: "auto", "reference", "dense", "cpu" or "triton".
+        impl: "auto", "reference", "dense", "cpu", "triton" or "cuda".
 
     Returns:
         (n,) sum_j softplus(-y_ij z_ij) in fp32 (fp64 for fp64 input). Differentiable once, at the price of making

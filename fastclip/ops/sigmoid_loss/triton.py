@@ -1,11 +1,8 @@
 """Triton kernel of the sigmoid block, for float16, bfloat16 and float32 features of any shape.
 
-One pass over the logits, in chunks of bounded size whatever N is: a program makes one tile of them, its rows' sums of
-loss and dz (kept per block of columns and added afterwards, without atomics), and writes its tile of dz in the
-features' type, which two library products then use. Without a gradient nothing but the sums is written.
-
-float16 loses small numbers, so dz is brought to 2^14 first and the products are divided again in fp32. Tiles, and how
-logits are made, are those of the contrastive block.
+One pass over the logits, in chunks (see `chunks`): a program makes one tile of them, its rows' sums of loss and dz
+(kept per block of columns and added afterwards, without atomics), and writes its tile of dz. Without a gradient nothing
+but the sums is written. Tiles, and how products are made, are those of the contrastive block.
 """
 
 from __future__ import annotations
@@ -17,19 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.ops.contrastive_loss.dense import product
 from fastclip.ops.contrastive_loss.triton import (
-    CHUNK_COLS,
-    CHUNK_ROWS,
     GROUP_M,
-    HALF_RANGE,
+    OPTIONS,
     TILES,
-    _aligned,
     _descriptors,
-    _logits,
     _on,
+    _products,
     _same_group,
 )
+from fastclip.ops.sigmoid_loss.chunks import gradients_in_chunks, losses_in_chunks
 from fastclip.ops.sigmoid_loss.types import Block, Gradients
 
 
@@ -73,7 +67,7 @@ def _sigmoid_kernel(
     within = pid % (GROUP_M * blocks_n)
     block_n = within // group
     start_m, start_n = (first_m + within % group) * BLOCK_M, block_n * BLOCK_N
-    x = _logits(image, text, tl.load(scale_ptr), start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D) + tl.load(bias_ptr)
+    x = _products(image, text, start_m, start_n, d, BLOCK_M, BLOCK_N, BLOCK_D) * tl.load(scale_ptr) + tl.load(bias_ptr)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < n, offs_n < m
     if row_groups_ptr is not None:
@@ -96,21 +90,8 @@ def _sigmoid_kernel(
 INTERPRETED = not isinstance(_sigmoid_kernel, triton.JITFunction)
 
 
-def _rows_of(block: Block, start: int) -> Block:
-    """The block's rows of one chunk, against all columns."""
-    rows = slice(start, start + CHUNK_ROWS)
-    groups = None if block.row_groups is None else block.row_groups[rows]
-    return block._replace(image_features=block.image_features[rows], row_groups=groups, offset=block.offset + start)
-
-
-def _cols_of(block: Block, start: int) -> Block:
-    cols = slice(start, start + CHUNK_COLS)
-    groups = None if block.col_groups is None else block.col_groups[cols]
-    return block._replace(text_features=block.text_features[cols], col_groups=groups, offset=block.offset - start)
-
-
-def _launch(block: Block, weights: Tensor | None, d_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(loss (n,), row sums of dz (n,) or None) of one chunk; fills d_logits."""
+def launch(block: Block, weights: Tensor | None, d_logits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As `chunks.Launch`."""
     image, text, tiles = block.image_features, block.text_features, TILES[block.image_features.dtype]
     (n, d), m = image.shape, text.shape[0]
     blocks_n = triton.cdiv(m, tiles.block_n)
@@ -125,50 +106,14 @@ def _launch(block: Block, weights: Tensor | None, d_logits: Tensor | None) -> tu
     return loss.sum(0), None if row_sum is None else row_sum.sum(0)
 
 
-def _prepared(block: Block) -> Block:
-    """Features and groups as the kernel reads them."""
-    groups = (None if x is None else x.contiguous() for x in (block.row_groups, block.col_groups))
-    row_groups, col_groups = groups
-    return block._replace(
-        image_features=_aligned(block.image_features),
-        text_features=_aligned(block.text_features),
-        row_groups=row_groups,
-        col_groups=col_groups,
-    )
-
-
 def losses(block: Block) -> Tensor:
     """As `reference.losses`."""
-    whole = _prepared(block)
-    n, m = whole.image_features.shape[0], whole.text_features.shape[0]
-    loss = whole.logit_scale.new_zeros(n)
-    for i in range(0, n, CHUNK_ROWS):
-        for j in range(0, m, CHUNK_COLS):
-            loss[i : i + CHUNK_ROWS] += _launch(_cols_of(_rows_of(whole, i), j), None, None)[0]
-    return loss
+    return losses_in_chunks(block, launch)
 
 
 def losses_and_gradients(block: Block, weights: Tensor) -> Gradients:
     """As `reference.losses_and_gradients`."""
-    whole, image, text = _prepared(block), block.image_features, block.text_features
-    n, m = image.shape[0], text.shape[0]
-    unit = weights.abs().max().clamp_min_(torch.finfo(torch.float32).tiny)
-    unit = unit / HALF_RANGE if image.dtype == torch.float16 else torch.ones_like(unit)
-    weights = weights / unit
-    grad_image, grad_text = (torch.zeros_like(x, dtype=torch.float32) for x in (image, text))
-    loss, row_sum = whole.logit_scale.new_zeros(2, n)
-    scratch = image.new_empty(min(n, CHUNK_ROWS), min(m, CHUNK_COLS))
-    for i in range(0, n, CHUNK_ROWS):
-        rows = slice(i, min(i + CHUNK_ROWS, n))
-        for j in range(0, m, CHUNK_COLS):
-            cols = slice(j, min(j + CHUNK_COLS, m))
-            d_logits = scratch[: rows.stop - i, : cols.stop - j]
-            sums = _launch(_cols_of(_rows_of(whole, i), j), weights[rows], d_logits)
-            loss[rows] += sums[0]
-            row_sum[rows] += sums[1]
-            grad_image[rows] += product(d_logits, text[cols])
-            grad_text[cols] += product(d_logits.T, image[rows])
-    return Gradients(loss, row_sum, grad_image.mul_(unit), grad_text.mul_(unit))
+    return gradients_in_chunks(block, weights, launch)
 
 
 def configurations() -> list[dict[str, Any]]:
@@ -181,14 +126,14 @@ def configurations() -> list[dict[str, Any]]:
         special = dict.fromkeys(groups, "*i64") | {
             "image": f"tensordesc<{name}[{tiles.block_m},{tiles.block_d}]>",
             "text": f"tensordesc<{name}[{tiles.block_n},{tiles.block_d}]>",
-            "d_logits_ptr": f"*{name}",
+            "d_logits_ptr": "*fp32" if name == "fp32" else "*fp16",
         }
         names = _sigmoid_kernel.arg_names
         types = {arg: special.get(arg, "*fp32" if arg.endswith("_ptr") else "i32") for arg in names}
         absences: tuple[tuple[str, ...], ...] = ((), groups, groups + gradient)
         for absent in absences:
             arguments = tiles.arguments() | {"GROUP_M": GROUP_M}
-            options = {option: arguments.pop(option) for option in ("num_warps", "num_stages")}
+            options = {option: arguments.pop(option) for option in OPTIONS}
             constants = arguments | dict.fromkeys(absent)
             cases.append({"kernel": _sigmoid_kernel, "types": types, "constants": constants, "options": options})
     return cases
