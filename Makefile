@@ -15,6 +15,7 @@ DEMO_RUN ?= runs/demo
 DEMO_MINUTES ?= 5.5
 LAB_OUT ?= build/lab
 LAB_SECONDS ?= 540
+TEST_WORKERS ?= 2
 RESULTS := benchmarks/results
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
@@ -55,11 +56,13 @@ demo: $(STAMP)
 	@$(BIN)/python -m fastclip.training.launch --recipe demo --data '$(DEMO_DATA)' --minutes $(DEMO_MINUTES) --out $(DEMO_RUN) --resume latest $(DEMO_ARGS)
 	@$(BIN)/fastclip search "a red circle above a blue square" --checkpoint $(DEMO_RUN) --data $(DEMO_DATA)
 
+# OpenMP's threads wait asleep: spinning, those of one worker keep the other's from the cores.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not long and not peer"
+	@OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not long and not peer"
 
 test-long: $(STAMP) $(PEERS)
-	@$(BIN)/python -m pytest -m "long or peer"
+	@OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m pair
+	@$(BIN)/python -m pytest -m "(long or peer) and not pair"
 
 test-all: test test-long
 

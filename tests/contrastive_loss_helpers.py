@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import secrets
 import socket
 import traceback
 from collections.abc import Callable
@@ -15,9 +18,14 @@ TIMEOUT = 120  # seconds
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that nothing else takes before it is used: neither the system, which gives away those from 32768 on, nor
+    another worker of pytest-xdist, which has another thousand."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 10000 + 1000 * (worker % 20) + secrets.randbelow(1000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _worker(

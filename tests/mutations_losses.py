@@ -41,8 +41,8 @@ MUTATIONS = (
     Mutation(
         "drop one tile of dz",
         f"{OPS}/triton.py",
-        "d_z = tl.where(masked, 0.0, d_z)",
-        "d_z = tl.where(masked | (start_m + start_n == BLOCK_M), 0.0, d_z)",
+        "offs_m, offs_n, n, m), 0.0, d_z)",
+        "offs_m, offs_n, n, m) | (start_m + start_n == BLOCK_M), 0.0, d_z)",
         f"{TRITON} masks",
     ),
     Mutation(
@@ -61,9 +61,9 @@ MUTATIONS = (
     ),
     Mutation(
         "double one chunk of the image gradient",
-        f"{OPS}/triton.py",
-        "grad_image[rows] += product(d_logits, right[cols])",
-        "grad_image[rows] += product(d_logits, right[cols]) * (2 if j else 1)",
+        f"{OPS}/chunks.py",
+        "add_product(grad_image[rows], d_logits, right[cols])",
+        "add_product(grad_image[rows], d_logits * (2 if j else 1), right[cols])",
         f"{TRITON} masks",
     ),
     Mutation(
@@ -76,8 +76,8 @@ MUTATIONS = (
     Mutation(
         "swap the gradients of image and text",
         f"{OPS}/op.py",
-        "_add_positives(grad_image, grad_text, d_positive,",
-        "_add_positives(grad_text, grad_image, d_positive,",
+        "add_positives(grad_image, grad_text, d_positive,",
+        "add_positives(grad_text, grad_image, d_positive,",
         f"{OPTIONS} gradcheck",
     ),
     Mutation(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import harness, lab, plot, predict, rows, table, train_step
+from benchmarks import harness, huge_batch, lab, plot, predict, rows, table, train_step
 from benchmarks.case import PHASES, Budget, Case, Problem, Variant
 from benchmarks.cases import CASES, ENCODERS, LOSSES
 from benchmarks.cases.losses import pairs
@@ -496,3 +496,20 @@ def test_goodput_is_the_share_that_is_kept() -> None:
         assert goodput(costs, interval, 600.0) == pytest.approx(expected, abs=5e-4)
     assert goodput(Costs(1.0, 0.0, 0.0, 0.0), 1.0, 600.0) > 0.999
     assert goodput(Costs(1.0, 0.0, 0.0, 1e6), 1.0, 600.0) == 0
+
+
+@pytest.mark.long
+@pytest.mark.pair
+def test_a_huge_batch_is_measured_or_says_why_not(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    common = ["--chunk", "8", "--out", str(out)]
+    assert huge_batch.main(["--model", "debug", "--batches", "16", *common]) == 0
+    assert huge_batch.main(["--model", "debug", "--batches", "32", "--time-budget", "0", *common]) == 0
+    assert huge_batch.main(["--model", "no-such-model", "--batches", "16", *common]) == 1
+    with out.open(newline="") as file:
+        done, late, failed = csv.DictReader(file)
+    assert float(done["seconds"]) > 0
+    assert float(done["pairs_per_second"]) > 0
+    assert 0 < float(done["loss"]) < 10
+    assert (late["seconds"], late["note"]) == ("", "not run: the time is up")
+    assert "no-such-model" in failed["note"]

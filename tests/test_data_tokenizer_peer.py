@@ -78,6 +78,7 @@ def test_any_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> 
 
 
 @pytest.mark.long
+@pytest.mark.pair
 @settings(max_examples=examples(2000), deadline=None)
 @given(parts=words, glue=st.sampled_from(["", " "]))
 def test_much_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) -> None:
@@ -87,6 +88,7 @@ def test_much_text(ours: Tokenizer, theirs: Any, parts: list[str], glue: str) ->
 
 
 @pytest.mark.long
+@pytest.mark.pair
 def test_every_character_of_unicode(ours: Tokenizer, theirs: Any) -> None:
     for first in range(0, sys.maxunicode + 1, 64):
         known = [chr(c) for c in range(first, first + 64) if not 0xD800 <= c < 0xE000]

@@ -75,6 +75,7 @@ def test_without_a_compiler_setup_leaves_the_kernels_out(tmp_path: Path) -> None
 
 
 @pytest.mark.long
+@pytest.mark.pair
 def test_build_makes_libraries_of_which_one_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")

@@ -54,6 +54,7 @@ def test_losses_grad_cache_and_models_need_torch_alone() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.pair
 def test_a_wheel_holds_what_it_needs(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]

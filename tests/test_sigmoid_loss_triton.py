@@ -144,7 +144,14 @@ print(json.dumps([(name, *compile_offline(**case, capability=int(sys.argv[1]))) 
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param(80, marks=[pytest.mark.long, pytest.mark.pair]),
+        90,
+        pytest.param(100, marks=[pytest.mark.long, pytest.mark.pair]),
+    ],
+)
 def test_compiles_without_spills(capability: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]

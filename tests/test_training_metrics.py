@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import lines, options, run, small_data
+from contrastive_loss_helpers import run_on_ranks
+from training_helpers import lines, options, small_data, this_rank
 
 from fastclip.training import progress
+from fastclip.training.__main__ import parse
 from fastclip.training.config import TrainConfig
+from fastclip.training.loop import train
 from fastclip.training.metrics import KEYS, Clock, Metrics, in_words
 from fastclip.training.progress import progress_on
+
+TIMEOUT = 300
 
 
 class Terminal(io.StringIO):
@@ -86,16 +91,18 @@ def test_skips_in_words() -> None:
     assert in_words({"unreadable_image": 2, "empty_caption": 1}) == "1 empty caption, 2 unreadable image"
 
 
+def half_and_whole(words: list[str]) -> None:
+    for steps in (6, 12):
+        train(parse([*words, "--steps", str(steps), "--resume", "latest"]), this_rank())
+
+
 def test_a_mixture_is_counted_by_source_over_ranks_and_resumes(tmp_path: Path) -> None:
     """Twice as many of the one as of the other, by upsampling; the counts go on where a run does, skips too."""
     cut = {f"s{number}": {"txt": b"red circle on a table " * 30, "json": None} for number in range(64)}
     one, two = (small_data(tmp_path / name, 64, **broken) for name, broken in (("one", {}), ("two", cut)))
     mixture = f"{one / '*.tar'}::{two / '*.tar'}"
     common: dict[str, Any] = {"upsampling": "2::1", "tokenizer": one / "tokenizer.json", "schedule": "constant"}
-    words = options(one, tmp_path / "run", **common | {"data": mixture, "steps": 6})
-    assert run("torchrun", words).returncode == 0
-    words = options(one, tmp_path / "run", **common | {"data": mixture, "steps": 12, "resume": "latest"})
-    assert run("torchrun", words).returncode == 0
+    run_on_ranks(2, half_and_whole, options(one, tmp_path / "run", **common | {"data": mixture}), timeout=TIMEOUT)
     for line in lines(tmp_path / "run"):
         counts = list(line["source_samples"].values())
         assert len(counts) == 2

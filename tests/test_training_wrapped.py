@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from contrastive_loss_helpers import run_on_ranks
+from peers import open_clip_module, transformers_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_helpers import BATCH, CHUNK, ENGINES, MODEL, State, error, global_batches, sgd, this_rank
 
 from fastclip.data import normalize_image
 from fastclip.losses import contrastive_loss
-from fastclip.models import CLIP, get_config, wrap
+from fastclip.models import CLIP, VisionConfig, get_config, wrap
 from fastclip.training.config import TrainConfig
 from fastclip.training.deepspeed_config import resolve_deepspeed
 from fastclip.training.engine import build_engine
@@ -47,9 +53,20 @@ def own() -> CLIP:
     return wrap(get_config(MODEL), visual=OwnViT(), visual_width=WIDTH, text=OwnText(), text_width=WIDTH)
 
 
-def of_the_whole_batch() -> State:
+def of_packages(bert: str) -> CLIP:
+    """A trunk of timm and a text model of transformers."""
+    open_clip_module()  # and with it timm
+    transformers_module()
+    base = get_config(MODEL)
+    vision = VisionConfig(image_size=64, timm_model_name="vit_tiny_patch16_224", timm_pool="token")
+    text = replace(base.text, hf_model_name=bert, hf_pooler_type="mean_pooler", hf_proj_type="linear")
+    torch.manual_seed(0)
+    return CLIP(replace(base, vision=vision, text=text, custom_text=True))
+
+
+def of_the_whole_batch(make: Callable[[], CLIP]) -> State:
     """Weights that autograd gives on whole batches in one process, in fp64."""
-    config, model = get_config(MODEL), own().double()
+    config, model = get_config(MODEL), make().double()
     optimizer = sgd(parameter_groups(model, TrainConfig(model=MODEL)))
     for image, text in global_batches(STEPS):
         optimizer.zero_grad()
@@ -59,16 +76,16 @@ def of_the_whole_batch() -> State:
     return model.state_dict()
 
 
-def errors() -> dict[str, float]:
-    processes, truth, found = this_rank(), of_the_whole_batch(), {}
+def errors(make: Callable[[], CLIP] = own, engines: Sequence[tuple[str, int]] = ENGINES) -> dict[str, float]:
+    processes, truth, found = this_rank(), of_the_whole_batch(make), {}
     n = BATCH // processes.world_size
     own_part = slice(processes.rank * n, (processes.rank + 1) * n)
-    for kind, stage in ENGINES:
+    for kind, stage in engines:
         config = TrainConfig(
             model=MODEL, engine=kind, zero_stage=stage, global_batch=BATCH, chunk_size=CHUNK, precision="fp32"
         )
         _, ds_config, _ = resolve_deepspeed(config, processes.world_size)
-        engine = build_engine(own(), config, processes, ds_config if kind == "deepspeed" else None, sgd)
+        engine = build_engine(make(), config, processes, ds_config if kind == "deepspeed" else None, sgd)
         cache = build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
         for image, text in global_batches(STEPS):
             cache.step({"clip": (image[own_part], text[own_part])})
@@ -87,3 +104,16 @@ def found() -> dict[str, float]:
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
 def test_the_gradient_is_that_of_the_whole_batch(found: dict[str, float], kind: str, stage: int) -> None:
     assert found[f"{kind}{stage}"] < 1e-6
+
+
+@pytest.mark.peer
+def test_towers_of_timm_and_transformers_under_zero_2_and_3(tmp_path: Path) -> None:
+    peer, text = transformers_module(), get_config(MODEL).text
+    config = peer.BertConfig(
+        vocab_size=text.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=text.context_length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    peer.BertModel(config).save_pretrained(tmp_path)
+    engines = (("deepspeed", 2), ("deepspeed", 3))
+    found = run_on_ranks(2, errors, partial(of_packages, str(tmp_path)), engines, timeout=300)[0]
+    assert all(value < 1e-6 for value in found.values()), found

@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclip.errors import UserError
 from fastclip.grad_cache import statistics_held
@@ -56,6 +56,8 @@ class DeepSpeedEngine:
         groups = parameter_groups(model, config)
         self.has_muon = not make_optimizer and any(group["use_muon"] for group in groups)
         optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, config.optimizer, processes)
+        if config.zero_stage == 3:
+            _partition(model, ds_config, self.dtype, processes)
         with self._muon_settings():
             self.engine, _, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -211,6 +213,27 @@ class DeepSpeedEngine:
                 dtype = "deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype"
                 settings.enter_context(patch(dtype, lambda method: torch.float32))
             yield
+
+
+def _partition(model: CLIP, ds_config: dict[str, Any], dtype: torch.dtype, processes: Processes) -> None:
+    """Leaves each rank its part of the first rank's weights, one parameter after another.
+
+    The others have a weight whole (see `model_without_memory`) for that long only; left to itself DeepSpeed first
+    brings the whole model to every device.
+    """
+    from deepspeed.runtime.zero import Init
+
+    first, *others = model.parameters()
+    with torch.no_grad():
+        for p in (first, *others):
+            p.data = p.data.to(dtype) if processes.is_first else torch.empty(p.shape, dtype=dtype)
+            if p is first:
+                Init(module=nn.ParameterList([first]), config_dict_or_path=ds_config)
+            else:
+                first.convert_to_zero_parameters(param_list=[p])  # type: ignore[attr-defined]
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(processes.device)
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _import_deepspeed() -> Any:

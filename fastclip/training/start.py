@@ -28,7 +28,7 @@ from fastclip.training.engine import computes_in_bf16
 from fastclip.training.environment import environment
 from fastclip.training.fit import fit
 from fastclip.training.mirror import Mirror
-from fastclip.training.model import model_of
+from fastclip.training.model import model_of, model_without_memory
 from fastclip.training.open_clip import is_open_clip_checkpoint, read_checkpoint
 from fastclip.training.processes import Processes
 from fastclip.training.snapshots import Snapshots
@@ -143,12 +143,23 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         resumed = _resumed(config, run, checkpoints, snapshot, loader)
         torch.manual_seed(config.seed)
         moved_from = resumed.folder if resumed and resumed.moved else None
-        model = create_model(model_config, checkpoint=moved_from if resumed else config.init or None)
+        source = moved_from if resumed else config.init or None
+        waits = _waits_for_weights(config, model_config, processes)
+        model = model_without_memory(model_config) if waits else create_model(model_config, checkpoint=source)
         model.set_recompute(config.recompute)
         if config.fp8:
             _use_fp8(model, processes.device)
     _check_same_data(loader, processes)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, snapshots, resumed)
+
+
+def _waits_for_weights(config: TrainConfig, model: CLIPConfig, processes: Processes) -> bool:
+    """Whether this rank is given its part of one weight after another by the first rank, and never has the whole model.
+
+    Wrapped towers make theirs as they are made, and fp8 products are made of products that are there.
+    """
+    is_partitioned = config.engine == "deepspeed" and config.zero_stage == 3 and not config.fp8
+    return is_partitioned and not processes.is_first and not (model.vision.is_wrapped or model.text.is_wrapped)
 
 
 def _with_precision(config: TrainConfig, processes: Processes) -> tuple[TrainConfig, list[str]]:
