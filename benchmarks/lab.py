@@ -1,10 +1,10 @@
 """`python -m benchmarks.lab`: all that a machine can tell in a few minutes, the most valuable first, saved as it goes.
 
 For a GPU that may be gone soon: it takes the interpreter that runs it, makes no environment, needs no network, and
-leaves out by name what is missing. Kernels are built where there is a compiler, the kernels' tests run, then the
-benchmarks, in a process of their own: when the GPU is lost or a peer crashes, a new one goes on behind. After every
-problem the folder holds rows.csv, plots and summary.md; started again on the same folder it goes on where it was.
-Without a GPU it does the same with the quick sizes.
+leaves out by name what is missing. Kernels are built where there is a compiler, the kernels' tests run, on a GPU a
+training step beside open_clip's, then the benchmarks, in a process of their own: when the GPU is lost or a peer
+crashes, a new one goes on behind. After every problem the folder holds rows.csv, plots and summary.md; started again on
+the same folder it goes on where it was. Without a GPU it does the same with the quick sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastclip.errors import UserError
 from fastclip.ops import _cuda, _extension
 
 ROOT = machine.ROOT
-BUILD_SHARE, TEST_SHARE = 0.2, 0.25  # of the time that is left
+BUILD_SHARE, TEST_SHARE, STEP_SHARE = 0.2, 0.25, 0.4  # of the time that is left
 MOST_STARTS = 10
 PROGRESS = re.compile(r"\[(\d+)/(\d+)\] ")
 
@@ -124,6 +124,28 @@ def test(lab: Lab) -> None:
     return lab.note(f"tests ({', '.join(files)}): {_status(lab, command, 'tests.log', TEST_SHARE)}")
 
 
+def train_step(lab: Lab) -> None:
+    """A whole training step beside compiled open_clip's, on a GPU; its rows are in train_step.csv."""
+    if lab.device != "cuda":
+        return
+    if find_spec("open_clip") is None:
+        return lab.note("training step: left out, open_clip is not installed")
+    words = [
+        "--model",
+        "ViT-B-16",
+        "--batch",
+        "1024",
+        "--impl",
+        "open_clip",
+        "open_clip_32",
+        "fastclip",
+        "--seconds",
+        "10",
+    ]
+    command = [sys.executable, "-m", "benchmarks.train_step", *words, "--out", str(lab.out / "train_step.csv")]
+    return lab.note(f"training step: {_status(lab, command, 'train_step.log', STEP_SHARE)}")
+
+
 def _status(lab: Lab, command: list[str], log: str, share: float) -> str:
     """Runs it for at most its share of the time, its output to a file; says in words how it went."""
     start, limit = time.monotonic(), share * lab.left
@@ -209,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lab = Lab(options.out.resolve(), options.time_budget, device, is_quick=device == "cpu")
     build(lab)
     test(lab)
+    train_step(lab)
     measure(lab, options.case)
     print(f"see {lab.out / 'summary.md'}", flush=True)
     return 0

@@ -70,6 +70,7 @@ def seed() -> None:
 def without_kept_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses make their logits twice, as they do for batches larger than a test's; `memory_budget` asks for more."""
     monkeypatch.setattr(small, "IN_CACHE", 0)
+    monkeypatch.setattr(small, "LAUNCHES", 0)
 
 
 @pytest.fixture(params=[0, small.IN_CACHE], ids=["two passes", "one call"])

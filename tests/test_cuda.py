@@ -5,22 +5,25 @@ The losses' own tests run them beside Triton's: `test_contrastive_loss_triton`, 
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pairs_helpers import CUDA_TYPES, DEVICE, assert_close_to, rectangle, widened
+from pairs_helpers import CUDA_TYPES, DEVICE, GRADIENT, assert_close_to, rectangle, widened
 from sigmoid_loss_helpers import sigmoid_inputs
 
-from fastclip.losses import contrastive_loss, sigmoid_loss
+from fastclip.losses import contrastive_loss, sigmoid_loss, small
 from fastclip.ops import _cuda
 from fastclip.ops.contrastive_loss import contrastive_block
 from fastclip.ops.sigmoid_loss import sigmoid_rows
-from fastclip.testing import value_and_gradients
+from fastclip.testing import clip_features, value_and_gradients
 
 
 def forget() -> None:
@@ -71,6 +74,21 @@ def test_it_compiles_for_the_tensor_cores_without_spills(tmp_path: Path) -> None
         if any(kernel in name for kernel in WITH_PRODUCTS):
             assert code.count("HGMMA.64x128x16.F32") >= 8, f"{name}: products without tensor cores"
             assert "UTMALDG.2D" in code, f"{name}: no bulk tensor copies"
+    _check_grids(ctypes.CDLL(str(library)).fastclip_grid)
+
+
+def _check_grids(grid: Any) -> None:
+    """No more programs than multiprocessors, in whole clusters, which cover all rows and columns; none has nothing."""
+    grid.restype = ctypes.c_int64
+    for processors, n, m in itertools.product((2, 12, 78, 132), (1, 128, 129, 8192, 20001), (1, 128, 1025, 32768)):
+        packed = grid(n, m, processors)
+        programs, parts = packed >> 32, packed & 0xFFFFFFFF
+        row_blocks, tiles = -(-n // 128), -(-m // 128)
+        assert programs % 2 == 0
+        assert programs * parts <= processors
+        assert programs <= row_blocks + 1
+        assert parts <= tiles
+        assert (parts - 1) * -(-tiles // max(1, processors // programs)) < tiles
 
 
 def _functions(library: Path) -> Iterator[tuple[str, str]]:
@@ -102,6 +120,14 @@ def test_reasons_of_the_library(fresh: None, monkeypatch: pytest.MonkeyPatch, tm
     forget()
     _cuda.LIBRARY.write_bytes(b"not a library")
     assert "kernels.so cannot be loaded" in _cuda.load()
+    forget()
+    source = tmp_path / "other.c"
+    source.write_text("unsigned fastclip_sources() { return 1; }")
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "other.so")], check=True)
+    monkeypatch.setattr(_cuda, "LIBRARY", tmp_path / "other.so")
+    assert "other.so was built of other sources than" in _cuda.load()
+    forget()
+    monkeypatch.setattr(_cuda, "LIBRARY", tmp_path / "kernels.so")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: _cuda.CAPABILITY)
@@ -135,34 +161,33 @@ SHAPES = [(1, 1, 8), (128, 256, 64), (129, 300, 513), (300, 640, 512), (257, 385
 LARGE = (20000, 20300, 64)
 
 
-def one_program(n: int, m: int, device: torch.device) -> tuple[int, int, int]:
-    return 1, 1, -(-m // _cuda.TILE) * _cuda.TILE
-
-
-def few_programs(n: int, m: int, device: torch.device) -> tuple[int, int, int]:
-    blocks, tiles = -(-n // _cuda.TILE), -(-m // _cuda.TILE)
-    tiles_per_part = -(-tiles // 2)
-    return min(blocks, 2), -(-tiles // tiles_per_part), tiles_per_part * _cuda.TILE
-
-
+# As on GPUs with so many multiprocessors: one cluster for all blocks of rows, and parts of the columns for each.
+FEW = (2, 12)
 CASES = [
     *((*shape, None) for shape in (*SHAPES, LARGE)),
-    *((*shape, grid) for shape in SHAPES for grid in (one_program, few_programs)),
+    *((*shape, count) for shape in SHAPES for count in FEW),
 ]
 
 
-def take_grid(monkeypatch: pytest.MonkeyPatch, grid) -> None:
-    if grid is not None:
-        monkeypatch.setattr(_cuda, "grid", grid)
+def take_processors(monkeypatch: pytest.MonkeyPatch, count: int | None) -> None:
+    if count is not None:
+        monkeypatch.setattr(_cuda, "processors", lambda device: count)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize(("n", "m", "d", "grid"), CASES)
+@pytest.mark.parametrize(("n", "m", "d", "processors"), CASES)
 @pytest.mark.parametrize(("impl", "dtype"), CUDA_TYPES)
 def test_contrastive_block(
-    monkeypatch: pytest.MonkeyPatch, impl: str, dtype: torch.dtype, n: int, m: int, d: int, grid, labelled: bool
+    monkeypatch: pytest.MonkeyPatch,
+    impl: str,
+    dtype: torch.dtype,
+    n: int,
+    m: int,
+    d: int,
+    processors: int | None,
+    labelled: bool,
 ) -> None:
-    take_grid(monkeypatch, grid)
+    take_processors(monkeypatch, processors)
     leaves, options = rectangle(n, m, d, dtype), {"offset": (m - n) // 2}
     if labelled:
         labels = torch.randperm(m, device=DEVICE)[:n]
@@ -180,12 +205,12 @@ def test_contrastive_block(
     assert_close_to(gradients["reference"], gradients[impl], dtype)
 
 
-@pytest.mark.parametrize(("n", "m", "d", "grid"), CASES)
+@pytest.mark.parametrize(("n", "m", "d", "processors"), CASES)
 @pytest.mark.parametrize(("impl", "dtype"), CUDA_TYPES)
 def test_sigmoid_block(
-    monkeypatch: pytest.MonkeyPatch, impl: str, dtype: torch.dtype, n: int, m: int, d: int, grid
+    monkeypatch: pytest.MonkeyPatch, impl: str, dtype: torch.dtype, n: int, m: int, d: int, processors: int | None
 ) -> None:
-    take_grid(monkeypatch, grid)
+    take_processors(monkeypatch, processors)
     image, text, *others = sigmoid_inputs(m, d, kind="clip", scale=100.0, bias=-20.0, dtype=dtype, device=DEVICE)
     leaves = [x.detach().requires_grad_() for x in (image[:n], text, *others)]
     weights = torch.linspace(1, 2, n, device=DEVICE)
@@ -195,3 +220,22 @@ def test_sigmoid_block(
     )
     assert abs(ours[0] - plain[0]) <= 5e-5 * plain[0]  # tensor cores cut off what they should round
     assert_close_to(plain[1:], ours[1:], dtype)
+
+
+@pytest.mark.parametrize("kind", ["random", "clip", "converged", "permuted", "antipodal", "duplicates", "zero"])
+@pytest.mark.parametrize(("impl", "dtype"), CUDA_TYPES)
+def test_a_small_batch_in_one_call(monkeypatch: pytest.MonkeyPatch, impl: str, dtype: torch.dtype, kind: str) -> None:
+    """The plain loss and its gradient at once are those of the two passes."""
+    inputs = clip_features(300, 40, kind=kind, dtype=dtype, device=DEVICE)
+    made = {}
+    for pairs in (0, 8192):
+        monkeypatch.setattr(small, "LAUNCHES", pairs)
+        made[pairs] = value_and_gradients(lambda *x: contrastive_loss(*x, impl=impl), inputs)
+    for at_once, in_two in zip(made[8192], made[0], strict=True):
+        assert (at_once - in_two).norm() <= 1e-5 + GRADIENT[dtype] * in_two.norm()
+    monkeypatch.setattr(small, "LAUNCHES", 8192)
+    image, text, scale = inputs
+    assert contrastive_loss(image, text, -scale, impl=impl).isnan()
+    broken = image.detach().clone()
+    broken[3, 5] = torch.nan
+    assert contrastive_loss(broken.requires_grad_(), text, scale, impl=impl).isnan()

@@ -32,7 +32,7 @@ from sigmoid_loss_helpers import (
 from torch import Tensor
 
 from fastclip.losses import sigmoid_loss
-from fastclip.ops.sigmoid_loss import chunks, sigmoid_rows, sigmoid_sum
+from fastclip.ops.sigmoid_loss import chunks, cuda, sigmoid_rows, sigmoid_sum
 from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -74,7 +74,7 @@ def test_rectangular_blocks_agree_with_the_reference(
     grouped: bool,
 ) -> None:
     """Several chunks of dz, and more blocks of rows than share their columns."""
-    set_chunks(monkeypatch, 128, 192, chunks)
+    set_chunks(monkeypatch, 128, 192, chunks, cuda)
     leaves = leaves_of(n, m, d, dtype)
     ids = (torch.arange(n, device=DEVICE) % 5, torch.arange(m, device=DEVICE) % 6) if grouped else (None, None)
     weights, bound = torch.linspace(-1, 2, n, device=DEVICE), 1e-5 if dtype == torch.float32 else GRADIENT[dtype]
