@@ -336,9 +336,10 @@ def _tiles(
         warps = 8 if is_backward and tile == 64 else max(1, tile // 16)
         return Tiles(tile, tile, True, num_warps=4 if single else warps, num_stages=1)
     if single:
-        rows = 32 if 80 < head_dim <= 96 and not is_backward else block
-        return Tiles(rows, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
-    if is_dense and is_backward and longest > 128:
+        if 80 < head_dim <= 96 and not is_backward:
+            return Tiles(32, 32, False, num_warps=8, num_stages=1)
+        return Tiles(block, block, False, num_warps=4 if head_dim <= 96 else 8, num_stages=1)
+    if is_dense and is_backward and (longest > 128 or not causal):
         if head_dim > 64:
             keys = Tiles(64, 32, False, num_warps=8, num_stages=2, split=True)
             return replace(keys, keys=keys)
