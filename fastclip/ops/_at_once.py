@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastclip.ops._rows import scaled
-
 
 class _AtOnce(torch.autograd.Function):
     @staticmethod
@@ -25,7 +23,7 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(scaled(x, d_loss, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return None, *((x * d_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
 
 
 def mean_at_once(
