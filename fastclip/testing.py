@@ -173,7 +173,7 @@ class Usage(NamedTuple):
 
 
 def compile_offline(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int | None], capability: int
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
 ) -> Usage:
     """Compiles a Triton kernel for compute capability 80, 90 or 100 without a GPU; run without TRITON_INTERPRET.
 
@@ -181,13 +181,13 @@ def compile_offline(
         kernel: the @triton.jit function.
         types: Triton type by argument name; pointers and `d` are taken as multiples of 16, as they are at run time.
         constants: the values of the constexpr arguments.
-        options: num_warps, num_stages, maxnreg.
+        options: num_warps, num_stages.
     """
     return usage_of(compiled_offline(kernel, types, constants, options, capability))
 
 
 def compiled_offline(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int | None], capability: int
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int], capability: int
 ) -> Any:
     """What Triton makes of it (`asm["ptx"]`, `asm["cubin"]`, `metadata`); arguments as `compile_offline`."""
     import triton

@@ -29,8 +29,8 @@ TYPES = [_case("triton", torch.float32), *[_case("triton", torch.bfloat16)] * HA
 # Enough where the type changes little: what a kernel makes of masks and shapes.
 ONE_TYPE_EACH = [_case("triton", torch.float32), *CUDA_TYPES]
 
-# Of a gradient, |error| / |exact|, where little cancels; twice the rounding of dz or of the gradient itself.
-GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+# Of a gradient, |error| / |exact|, where little cancels: what the losses promise (1.7e-3 measured in bfloat16).
+GRADIENT = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 
 
 @pytest.fixture

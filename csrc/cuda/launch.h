@@ -1,4 +1,4 @@
-// The functions of the library. All return 0, or the number of the error of CUDA or cuBLAS. Features are float16
+// The functions of the library, but for the whole passes of block.cu. All return 0, or the number of the error of CUDA or cuBLAS. Features are float16
 // (is_half) or bfloat16 in contiguous rows of `d` numbers; those called `wide` have rows that start at multiples of 16
 // bytes, with zeros behind the d-th number up to `wide_d`.
 #pragma once

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastclip.ops.attention.triton import HEAD_DIMS, LOG2E, _bounds, _on
+from fastclip.ops.attention.triton import HEAD_DIMS, _on
+from fastclip.ops.attention.triton_tiles import LOG2E, _bounds
 
 BLOCK = 32  # keys at a time
 NUM_WARPS = 4

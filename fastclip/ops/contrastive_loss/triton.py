@@ -4,7 +4,6 @@ Forward, one pass over the logits: program (p, c) owns every P-th block of rows 
 row's running (max, sum) stays in registers along its columns; a column's is kept per p in global memory, (P, M),
 without atomics. Backward: `_d_logits_kernel` writes a chunk of dz (see `chunks`). Both kernels make their products by
 `_products`, in the same tiles and order, so that exp(z - lse) meets the same z as the lse.
-
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ class Tiles:
     block_d: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers of a thread: few enough that two programs share a multiprocessor
 
-    def arguments(self) -> dict[str, int | None]:
+    def arguments(self) -> dict[str, int]:
         """As keyword arguments of a kernel."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 TILES = {  # each compiles for sm_80, sm_90 and sm_100 without a spill
@@ -55,7 +53,7 @@ KEEPING_TILES = {  # of the forward pass that stores its logits too: what the st
     torch.float32: Tiles(32, 64, 16, num_warps=8, num_stages=2),
 }
 GROUP_M = 8
-OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of the arguments, those that are none of the kernel
+OPTIONS = ("num_warps", "num_stages")  # of the arguments, those that are none of the kernel
 KEPT_BLOCK = (16, 256)
 
 
