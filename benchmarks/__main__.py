@@ -88,15 +88,21 @@ def _run(options: argparse.Namespace) -> int:
         for row in measured:
             _print(row)
         written += measured
-    slower = slower_than_recorded(written, rows.read(options.recorded)) if options.quick else []
+    recorded = rows.read(options.recorded) if options.quick else []
+    here, there = rows.machines(written), rows.machines(recorded)
+    if here and there and not here & there:
+        named = f"{options.recorded} is of {', '.join(sorted(there))}, this is {', '.join(here)}"
+        print(f"not compared with what was recorded: {named}", flush=True)
+    slower = slower_than_recorded(written, recorded)
     for line in slower:
         print(line, flush=True)
     return 1 if slower else 0
 
 
 def slower_than_recorded(measured: Sequence[rows.Row], recorded: Sequence[rows.Row]) -> list[str]:
-    """A line for each of our cases whose ratio is more than 20 % below the recorded one."""
-    before = {rows.key_of(row): rows.number(row["ratio"]) for row in recorded}
+    """A line for each of our cases whose ratio is more than 20 % below the one recorded on the same machine."""
+    here = rows.machines(measured)
+    before = {rows.key_of(row): rows.number(row["ratio"]) for row in recorded if rows.machines([row]) <= here}
     lines = []
     for row in measured:
         ratio, was = rows.number(row["ratio"]), before.get(rows.key_of(row))

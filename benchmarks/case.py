@@ -92,6 +92,7 @@ class Case:
     traffic: Callable[[Problem, str], float]  # bytes, by phase
     problems: Callable[[str], Sequence[Problem]]  # by device type
     quick: Callable[[str], Sequence[Problem]]  # the same in seconds
+    has_products: bool = True  # False: elements alone, which every processor takes in 16 bits
 
     def variant(self, problem: Problem, impl: str) -> Variant:
         return next(variant for variant in self.variants(problem) if variant.impl == impl)

@@ -15,6 +15,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,9 @@ import torch
 
 from benchmarks import machine, peers, rows
 from fastclip.data import DataOptions, Loader, clip_tokenizer, write_shard
+from fastclip.data.device_decode import DeviceDecoder
 from fastclip.data.files import synthetic_caption, synthetic_jpeg
+from fastclip.data.nvjpeg import nvjpeg_decoder
 from fastclip.data.sources import TarReader, tar_source
 from fastclip.data.streams import Stream
 from fastclip.data.transforms import TrainTransform, crop_box
@@ -46,9 +49,9 @@ def write_data(folder: Path, shards: int, samples: int) -> str:
     return f"{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
-def ours(pattern: str, fast: bool = False) -> Iterator[int]:
+def ours(pattern: str, fast: bool = False, decoder: DeviceDecoder | None = None) -> Iterator[int]:
     """Sizes of batches of our loader."""
-    options = DataOptions(crop_scale=SCALE, fast_decode=fast)
+    options = DataOptions(crop_scale=SCALE, fast_decode=fast, decoder=decoder)
     for batch in Loader(pattern, clip_tokenizer(), TARGET, BATCH, workers=WORKERS, options=options).batches():
         assert batch["image"].dtype == torch.uint8
         yield len(batch["image"])
@@ -174,7 +177,22 @@ def gate(texts: Iterable[str]) -> None:
         raise AssertionError("ids differ from open_clip's")
 
 
-def measure(pattern: str, rounds: int, seconds: float) -> dict[str, Rates]:
+def device_gate(decoder: DeviceDecoder) -> None:
+    """Raises where the device's pixels are not nearly a worker's.
+
+    nvJPEG need not smooth the colours that it enlarges; libjpeg's own two ways are 3.8 of 255 apart on these images.
+    """
+    options = DataOptions(crop_scale=SCALE)
+    loaders = [
+        Loader("synthetic:1000", clip_tokenizer(), TARGET, 64, workers=0, options=choices)
+        for choices in (options, replace(options, decoder=decoder))
+    ]
+    wanted, found = (loader[0]["image"].float().cpu() for loader in loaders)
+    if (off := float((found - wanted).abs().mean())) > 6 or loaders[1][0]["skipped"]:
+        raise AssertionError(f"the device's pixels are {off:.2f} of 255 off, or some are not the device's")
+
+
+def measure(pattern: str, rounds: int, seconds: float, decoder: DeviceDecoder | None = None) -> dict[str, Rates]:
     """Samples a second by part and implementation, of each round."""
     plain = [synthetic_caption(number) for number in range(2000)]
     odd = [f"{text} caf\u00e9 &amp; \u201cbar\u201d" for text in plain]
@@ -187,6 +205,9 @@ def measure(pattern: str, rounds: int, seconds: float) -> dict[str, Rates]:
         "auto": lambda: ours(pattern),
         "fast_decode": lambda: ours(pattern, fast=True),
     }
+    if decoder:
+        device_gate(decoder)
+        makers["gpu_decode"] = lambda: ours(pattern, decoder=decoder)
     parts: dict[str, dict[str, Callable[[], float]]] = {
         "data_members": {impl: partial(members_rate, pattern, impl) for impl in ("webdataset", "auto")},
         "tokenizer_ascii": {
@@ -220,16 +241,17 @@ def _note(found: dict[str, Rates], part: str, impl: str, rate: float) -> None:
 def to_rows(found: dict[str, Rates]) -> Iterator[rows.Row]:
     """One row for each part and implementation; the baseline is the fastest of the others."""
     versions = {"webdataset": peers.version_of("webdataset"), "open_clip": peers.version_of("open_clip")}
-    where = {"machine": machine.machine_name("cpu"), "torch": torch.__version__, "commit": machine.commit()}
+    where = {"torch": torch.__version__, "commit": machine.commit()}
     for part, rates in found.items():
         others = {impl: median(rate) for impl, rate in rates.items() if impl in versions}
         baseline = max(others, key=others.__getitem__, default="")
         shape = json.dumps({"from": SIZE, "to": TARGET, "workers": WORKERS if part == "data_pipeline" else 1})
         for impl, rate in rates.items():
             ratios = [a / b for a, b in zip(rate, rates.get(baseline, rate), strict=True)]
+            device = "cuda" if impl == "gpu_decode" else "cpu"
             yield rows.make_row(
-                op=part, impl=impl, device="cpu", dtype="uint8",
-                shape_json=shape,
+                op=part, impl=impl, device=device, dtype="uint8",
+                shape_json=shape, machine=machine.machine_name(device),
                 phase="forward", p50_ms=1e3 / median(rate), p20_ms=1e3 / max(rate), p80_ms=1e3 / min(rate),
                 ratio=median(ratios) if impl not in versions else None, baseline=baseline,
                 peer_version=versions.get(impl, "fastclip"), **where,
@@ -240,10 +262,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one pipeline in one round")
+    parser.add_argument("--gpu-decode", action="store_true", help="our pipeline with JPEGs decoded on the GPU too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    decoder = nvjpeg_decoder(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if asked.gpu_decode else None
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(write_data(Path(folder), 8, 400), asked.rounds, asked.seconds)
+        found = measure(write_data(Path(folder), 8, 400), asked.rounds, asked.seconds, decoder)
     table = list(to_rows(found))
     asked.out.unlink(missing_ok=True)
     rows.append(asked.out, table)

@@ -27,7 +27,7 @@ def value_and_gradients(loss: Loss, inputs: Sequence[Tensor], without: Sequence[
     return [value.detach(), *torch.autograd.grad(value, wanted)]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # problems beyond the gate's size come long after the one that they are judged by
 def _truth(case: Case, problem: Problem) -> list[Tensor]:
     inputs = [x.detach().double().requires_grad_() for x in case.make_inputs(problem)]
     return value_and_gradients(case.exact, inputs)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, rows
-from benchmarks.timing import Sample, interleave, quantiles
+from benchmarks.timing import Sample, interleave, quantiles, ratio
 from fastclip.grad_cache import GradCache
 from fastclip.losses import contrastive_loss
 from fastclip.models import create_model
@@ -95,12 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             p50_ms=quantile.p50,
             p20_ms=quantile.p20,
             p80_ms=quantile.p80,
-            ratio=times["plain"].p50 / quantile.p50,
+            ratio=ratio(taken["plain"], taken[name], "forward"),
             error=error if name == "grad_cache" else 0.0,
             **shared,
         )
         rows.append(options.out, [row])
-    overhead = times["grad_cache"].p50 / times["plain"].p50
+    overhead = ratio(taken["grad_cache"], taken["plain"], "forward")
     print(f"{shape}: {overhead:.3f} times a plain step ({len(taken['plain'])} rounds), gradient error {error:.1e}")
     return int(overhead > MOST)
 

@@ -13,7 +13,7 @@ from benchmarks.base import Base
 from benchmarks.case import PHASES, Case, Problem, Variant
 from benchmarks.gate import GATE_SIZE, Errors, allowed, passes
 from benchmarks.runner import Remote, Runner
-from benchmarks.timing import Quantiles, interleave, quantiles, repeats_for
+from benchmarks.timing import Sample, interleave, quantiles, ratio, repeats_for
 
 MATRICES = 8  # N x N, in the type of the features: what eager code with autograd holds, and a little
 LONGEST_CALL = 20.0  # seconds; longer ones are left out
@@ -48,7 +48,7 @@ class Candidate:
     errors: Errors
     most: Errors  # the errors that pass
     peak: float | None = None
-    times: dict[str, Quantiles] | None = None
+    samples: list[Sample] = field(default_factory=list)  # one a round
 
 
 def measure(case: Case, problem: Problem, run: Run) -> list[rows.Row]:
@@ -57,6 +57,9 @@ def measure(case: Case, problem: Problem, run: Run) -> list[rows.Row]:
     Raises:
         DeviceLost: the row that says so is in the file too.
     """
+    if case.has_products and not machine.has_products(problem.device, problem.torch_dtype):
+        _leave_out(case, problem, run)
+        return []
     candidates = _gate(case, problem, run)
     try:
         for candidate in list(candidates) if problem.has_peak else []:
@@ -85,7 +88,7 @@ def _gate(case: Case, problem: Problem, run: Run) -> list[Candidate]:
         if variant.impl != "base" and problem.impls and not (variant.is_baseline or variant.impl in problem.impls):
             continue
         reason = variant.why_not or _too_large(problem, variant)
-        if (case.op, variant.impl, problem.device, problem.dtype, problem.shape_json) in run.failed:
+        if _name(case, problem, variant) in run.failed:
             continue
         if reason is not None:
             if (case.op, variant.impl, reason) not in run.told:
@@ -150,7 +153,7 @@ def _time(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -
         candidates.remove(by_name[name])
         _fail(case, problem, run, by_name[name].variant, failure)
     for name, taken in samples.items():
-        by_name[name].times = quantiles(taken)
+        by_name[name].samples = taken
 
 
 def _rows(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -> list[rows.Row]:
@@ -159,18 +162,20 @@ def _rows(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -
     shared = _shared(case, problem)
     written = []
     for candidate in candidates:
+        times = quantiles(candidate.samples) if candidate.samples else None
         for phase in PHASES:
             error, budget = _error_of(candidate, phase)
             fields: dict[str, object] = {"error": error, "budget": budget}
             if phase == "both":
                 fields["peak_mb"] = candidate.peak
-            if candidate.times is not None:
-                own = candidate.times[phase]
+            if times is not None:
+                own = times[phase]
                 fields |= dict(zip(("p50_ms", "p20_ms", "p80_ms"), own, strict=True))
                 fields |= _speeds(case, problem, candidate.variant, phase, own.p50, roof)
-                if baseline is not None and baseline.times is not None:
-                    fields["ratio"] = baseline.times[phase].p50 / own.p50
+                if baseline is not None and baseline.samples:
                     fields["baseline"] = baseline.variant.impl
+                    if not _is_done_before(candidate.variant, phase):
+                        fields["ratio"] = ratio(baseline.samples, candidate.samples, phase)
             elif phase != "both":
                 continue
             variant = candidate.variant
@@ -189,12 +194,16 @@ def _speeds(
     case: Case, problem: Problem, variant: Variant, phase: str, p50: float, roof: machine.Roofline
 ) -> dict[str, object]:
     """Empty for a backward whose work the forward did; that forward has the work of both."""
-    if variant.gradient_in_forward and phase == "backward":
+    if _is_done_before(variant, phase):
         return {}
     work = "both" if variant.gradient_in_forward else phase
     operations = case.operations(problem, work)
     predicted = roof.milliseconds(operations, case.traffic(problem, work))
     return {"gflops": operations / p50 / 1e6, "predicted_ms": predicted, "pct_roofline": 100 * predicted / p50}
+
+
+def _is_done_before(variant: Variant, phase: str) -> bool:
+    return variant.gradient_in_forward and phase == "backward"
 
 
 def _error_of(candidate: Candidate, phase: str) -> tuple[float, float]:
@@ -214,6 +223,19 @@ def _shared(case: Case, problem: Problem) -> dict[str, object]:
         "triton": machine.triton_version(),
         "commit": machine.commit(),
     }
+
+
+def _name(case: Case, problem: Problem, variant: Variant) -> tuple[str, ...]:
+    return (case.op, variant.impl, problem.device, problem.dtype, problem.shape_json)
+
+
+def _leave_out(case: Case, problem: Problem, run: Run) -> None:
+    """The row of a problem that would take minutes a call."""
+    ours = case.variant(problem, "auto")
+    if _name(case, problem, ours) not in run.failed:
+        processor = "GPU" if problem.device == "cuda" else "CPU"
+        lacks = f"this {processor} has no products in {problem.dtype}, without which a call takes 100 times as long"
+        _tell(case, problem, run, ours, f"not run: {lacks}")
 
 
 def _tell(case: Case, problem: Problem, run: Run, variant: Variant, reason: str) -> None:

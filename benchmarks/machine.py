@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastclip.training.engine import computes_in_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 5
 
@@ -27,9 +29,18 @@ class Roofline(NamedTuple):
         return 1e3 * max(operations / self.product, traffic / self.copy)
 
 
+def has_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether it multiplies matrices of that type; where not, the library takes some hundred times as long."""
+    return dtype != torch.bfloat16 or computes_in_bf16(torch.device(device))
+
+
 @cache
 def roofline(device: str, dtype: torch.dtype, is_quick: bool = False) -> Roofline:
-    """The library's best of a few products and copies, measured here and now."""
+    """The library's best of a few products and copies, measured here and now.
+
+    Without products of that type what is measured are those of fp32, in which such a processor computes.
+    """
+    dtype = dtype if has_products(device, dtype) else torch.float32
     size = 512 if is_quick else (8192 if device == "cuda" else 2048)
     length = (1 << 22) if is_quick else (1 << 28 if device == "cuda" else 1 << 26)  # bytes
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -1,13 +1,15 @@
 """The CSV: one row for each implementation, problem and phase, written as soon as it is known.
 
 op, impl, device, dtype, shape_json   what ran on what
-phase           forward, backward, or both; a reason why nothing was measured stands in the row "both"
+phase           forward, backward, or both; a reason why nothing was measured stands in the row "both", for a whole
+                problem in that of impl "auto"
 p50_ms, p20_ms, p80_ms   over the rounds; empty where nothing was timed
 peak_mb         MiB above what the inputs and their gradients need (the row "both")
 gflops          10^9 operations a second, of the operations that linear memory needs (the same for every impl)
 pct_roofline    predicted_ms / p50_ms in percent
 predicted_ms    the roofline: operations at the speed of the library's product, or bytes at that of a copy
-ratio           p50_ms of `baseline` in the same rounds / p50_ms: above 1 is faster
+ratio           time of `baseline` / time, the median over the rounds: above 1 is faster; empty for a backward whose
+                work the forward did
 peer_version    distribution and version of what ran; for impl "auto" with the implementation it took
 error           largest relative error against fp64, of the loss (forward) or a gradient (backward); or the reason
 budget          what the error may be
@@ -83,6 +85,11 @@ def read(path: Path) -> list[Row]:
 
 def key_of(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
+
+
+def machines(measured: Iterable[Row]) -> set[str]:
+    """Their names, without the clocks that a GPU had at that moment."""
+    return {row["machine"].partition(", sm ")[0] for row in measured}
 
 
 def _check_header(path: Path) -> None:

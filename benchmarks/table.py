@@ -43,7 +43,15 @@ def measured_table(measured: Sequence[rows.Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     machines = sorted({f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in measured})
     peers = sorted({row["peer_version"] for row in measured if row["impl"] in BASELINES})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}. Eager is {', '.join(peers)}."])
+    lines += ["", *(f"{line}\n" for line in _left_out(measured))]
+    return "\n".join([*lines, f"Measured on {'; '.join(machines)}. Eager is {', '.join(peers)}."])
+
+
+def _left_out(measured: Sequence[rows.Row]) -> list[str]:
+    """A sentence for each type and reason that problems of the losses have no figures for."""
+    ours = [row for row in measured if row["op"] in LOSSES and row["impl"] == "auto"]
+    reasons = {(row["dtype"], row["error"]) for row in ours if row["error"].startswith("not run: ")}
+    return [f"{dtype} {reason}." for dtype, reason in sorted(reasons)]
 
 
 def predicted_table(predicted: Sequence[rows.Row], measured: Sequence[rows.Row]) -> str:

@@ -1,6 +1,7 @@
 """Interleaved timing: in every round each implementation takes its turn, and each round another one begins.
 
-What disturbs the machine for a second disturbs all of them, so that ratios of medians hold where times do not.
+What disturbs the machine for a second disturbs all of them, so that a ratio, the median of what the rounds say, holds
+where times do not.
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ def repeats_for(seconds: float) -> int:
 
 
 def interleave(
-    subjects: Mapping[str, Subject], repeats: Mapping[str, int], seconds: float, least: int = 5, most: int = 100
+    subjects: Mapping[str, Subject], repeats: Mapping[str, int], seconds: float, least: int = 5, most: int = 300
 ) -> tuple[dict[str, list[Sample]], dict[str, Exception]]:
     """Rounds until `seconds` have passed, at least `least` and at most `most`.
 
     Returns:
-        The samples by name, and the errors of those that failed, which take no further turn.
+        The samples by name, one a round, and the errors of those that failed, which take no further turn.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in subjects}
     failures: dict[str, Exception] = {}
@@ -103,12 +104,17 @@ def interleave(
 
 def quantiles(samples: list[Sample]) -> dict[str, Quantiles]:
     """By phase."""
-    values = {
-        "forward": [sample.forward for sample in samples],
-        "backward": [sample.backward for sample in samples],
-        "both": [sample.forward + sample.backward for sample in samples],
-    }
-    return {phase: _quantiles(values[phase]) for phase in PHASES}
+    return {phase: _quantiles(_values(samples, phase)) for phase in PHASES}
+
+
+def ratio(baseline: list[Sample], samples: list[Sample], phase: str) -> float:
+    """How many times as fast as the baseline: the median over the rounds, so that what slows a round cancels."""
+    pairs = zip(_values(baseline, phase), _values(samples, phase), strict=True)
+    return statistics.median(before / after for before, after in pairs)
+
+
+def _values(samples: list[Sample], phase: str) -> list[float]:
+    return [sum(sample) if phase == "both" else getattr(sample, phase) for sample in samples]
 
 
 def _quantiles(values: list[float]) -> Quantiles:

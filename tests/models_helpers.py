@@ -11,7 +11,7 @@ import torch
 from peers import open_clip_module, transformers_module
 from torch import Tensor, nn
 
-from fastclip.models import CLIPConfig, TextConfig, VisionConfig
+from fastclip.models import CLIPConfig, DecoderConfig, TextConfig, VisionConfig
 from fastclip.models.hf_config import to_hf
 
 TEXT = TextConfig(context_length=12, vocab_size=50, width=48, heads=3, layers=2)
@@ -39,6 +39,13 @@ SIGLIP = CLIPConfig(
     image_mean=(0.5, 0.5, 0.5),
     image_std=(0.5, 0.5, 0.5),
     resize_mode="squash",
+)
+COCA = CLIPConfig(
+    embed_dim=48,
+    vision=replace(VIT.vision, attentional_pool=True, attn_pooler_queries=6, attn_pooler_heads=4),
+    text=replace(TEXT, embed_cls=True),
+    decoder=DecoderConfig(width=48, heads=3, layers=2),
+    custom_text=True,
 )
 RESNET = CLIPConfig(
     embed_dim=24, vision=VisionConfig(image_size=64, layers=(1, 2, 1, 1), width=8, head_width=32), text=TEXT

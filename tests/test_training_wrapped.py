@@ -13,18 +13,12 @@ from contrastive_loss_helpers import run_on_ranks
 from peers import open_clip_module, transformers_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training_helpers import BATCH, CHUNK, ENGINES, MODEL, State, error, global_batches, sgd, this_rank
+from training_helpers import ENGINES, MODEL, errors_of_engines
 
-from fastclip.data import normalize_image
 from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, VisionConfig, get_config, wrap
-from fastclip.training.config import TrainConfig
-from fastclip.training.deepspeed_config import resolve_deepspeed
-from fastclip.training.engine import build_engine
-from fastclip.training.loop import Loss, build_grad_cache
-from fastclip.training.optim import parameter_groups
 
-STEPS, WIDTH = 3, 20
+WIDTH = 20
 LINEAR = F.linear
 
 
@@ -64,35 +58,9 @@ def of_packages(bert: str) -> CLIP:
     return CLIP(replace(base, vision=vision, text=text, custom_text=True))
 
 
-def of_the_whole_batch(make: Callable[[], CLIP]) -> State:
-    """Weights that autograd gives on whole batches in one process, in fp64."""
-    config, model = get_config(MODEL), make().double()
-    optimizer = sgd(parameter_groups(model, TrainConfig(model=MODEL)))
-    for image, text in global_batches(STEPS):
-        optimizer.zero_grad()
-        pixels = normalize_image(image, config.image_mean, config.image_std, torch.float64)
-        contrastive_loss(**model(pixels, text, output_dict=True)).backward()
-        optimizer.step()
-    return model.state_dict()
-
-
 def errors(make: Callable[[], CLIP] = own, engines: Sequence[tuple[str, int]] = ENGINES) -> dict[str, float]:
-    processes, truth, found = this_rank(), of_the_whole_batch(make), {}
-    n = BATCH // processes.world_size
-    own_part = slice(processes.rank * n, (processes.rank + 1) * n)
-    for kind, stage in engines:
-        config = TrainConfig(
-            model=MODEL, engine=kind, zero_stage=stage, global_batch=BATCH, chunk_size=CHUNK, precision="fp32"
-        )
-        _, ds_config, _ = resolve_deepspeed(config, processes.world_size)
-        engine = build_engine(make(), config, processes, ds_config if kind == "deepspeed" else None, sgd)
-        cache = build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
-        for image, text in global_batches(STEPS):
-            cache.step({"clip": (image[own_part], text[own_part])})
-            engine.step(1.0)
-        state = engine.full_state_dict()
-        found[f"{kind}{stage}"] = error(state, truth) if processes.is_first else 0.0
-        assert F.linear is LINEAR, f"{kind}{stage} has left another F.linear behind"
+    found = errors_of_engines(make, contrastive_loss, engines)
+    assert F.linear is LINEAR, "an engine has left another F.linear behind"
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,45 @@ def small(
     engine = build_engine(model, config, processes, ds_config if kind == "deepspeed" else None, make_optimizer)
     cache = build_grad_cache(config, get_config(MODEL), engine, processes, Loss(config, processes))
     return Small(processes, engine, cache, config.global_batch)
+
+
+def errors_of_engines(
+    make: Callable[[], CLIP],
+    loss: Callable[..., Tensor],
+    engines: Sequence[tuple[str, int]] = ENGINES,
+    steps: int = 3,
+    **options: Any,
+) -> dict[str, float]:
+    """Of each engine, in chunks, the relative error of the weights behind `steps` of SGD; the truth is autograd of
+    loss(**outputs) on whole batches in one process, in fp64."""
+    processes, found = this_rank(), {}
+    truth = make().double()
+    clip = truth.config
+    optimizer = sgd(parameter_groups(truth, TrainConfig(model=MODEL)))
+    for image, text in global_batches(steps):
+        optimizer.zero_grad()
+        pixels = normalize_image(image, clip.image_mean, clip.image_std, torch.float64)
+        loss(**truth(pixels, text, output_dict=True)).backward()
+        optimizer.step()
+    n = BATCH // processes.world_size
+    own = slice(processes.rank * n, (processes.rank + 1) * n)
+    for kind, stage in engines:
+        config = TrainConfig(
+            **{"model": MODEL, "global_batch": BATCH, "chunk_size": CHUNK, "precision": "fp32"} | options,
+            engine=kind,
+            zero_stage=stage,
+        )
+        _, ds_config, _ = resolve_deepspeed(config, processes.world_size)
+        model = make()
+        model.set_recompute(config.recompute)
+        engine = build_engine(model, config, processes, ds_config if kind == "deepspeed" else None, sgd)
+        cache = build_grad_cache(config, clip, engine, processes, Loss(config, processes))
+        for image, text in global_batches(steps):
+            cache.step({"clip": (image[own], text[own])})
+            engine.step(1.0)
+        state = engine.full_state_dict()
+        found[f"{kind}{stage}"] = error(state, truth.state_dict()) if processes.is_first else 0.0
+    return found
 
 
 def small_data(directory: Path, count: int = 64, shards: int = 3, **broken: Any) -> Path:

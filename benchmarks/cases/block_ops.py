@@ -79,7 +79,8 @@ def _act_case(kind: str, eager: Callable[[Tensor], Tensor]) -> Case:
     def exact(x: Tensor) -> Tensor:
         return ours(x, "reference")
 
-    return Case(kind, _act_inputs, exact, variants, _operations(8), _traffic(2, 3), _act_problems, _quick)
+    traffic = _traffic(2, 3)
+    return Case(kind, _act_inputs, exact, variants, _operations(8), traffic, _act_problems, _quick, has_products=False)
 
 
 def _operations(an_element: float) -> Callable[[Problem, str], float]:
@@ -110,7 +111,17 @@ def _quick(device: str) -> Sequence[Problem]:
 
 
 CASES = (
-    Case("layer_norm", _norm_inputs, _norm, _norm_variants, _operations(10), _traffic(4, 4), _norm_problems, _quick),
+    Case(
+        "layer_norm",
+        _norm_inputs,
+        _norm,
+        _norm_variants,
+        _operations(10),
+        _traffic(4, 4),
+        _norm_problems,
+        _quick,
+        has_products=False,
+    ),
     _act_case("gelu", F.gelu),
     _act_case("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
 )

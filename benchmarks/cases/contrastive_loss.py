@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from benchmarks.cases import losses
 from benchmarks.cases.losses import pairs
 from fastclip._version import __version__
 from fastclip.losses import contrastive_loss
+from fastclip.losses.small import is_made_at_once
 from fastclip.ops.contrastive_loss import explain
 from fastclip.testing import clip_features
 
@@ -68,15 +70,25 @@ def _with_budget(n: int) -> Callable[[], Loss]:
     return lambda: partial(contrastive_loss, memory_budget=4 * n * n)
 
 
+def _makes_gradient_first(problem: Problem, variant: Variant) -> Variant:
+    """Of a small batch the forward makes the gradient too."""
+    features = torch.empty(problem["n"], 0, dtype=problem.torch_dtype, device=problem.device, requires_grad=True)
+    impl = "auto" if variant.impl == "budget" else variant.impl
+    return replace(variant, gradient_in_forward=is_made_at_once(features, features, features, impl))
+
+
 def variants(problem: Problem) -> list[Variant]:
     n, budget = problem["n"], losses.OTHERS[problem.dtype]
     reasons = {name: peers.why_not(name, problem.device) for name in ("inf_cl", "memeff")}
     if reasons["inf_cl"] is None and problem["d"] % 256:
         reasons["inf_cl"] = f"inf_cl takes D in multiples of 256, not {problem['d']}"
+    ours = losses.our_variants(problem, contrastive_loss, explain(problem.device, problem.torch_dtype, n))
+    ours.append(
+        Variant("budget", _with_budget(n), losses.OURS[problem.dtype], f"fastclip {__version__}", is_quadratic=True)
+    )
     return [
         *losses.eager_variants(problem, _open_clip, textbook),
-        *losses.our_variants(problem, contrastive_loss, explain(problem.device, problem.torch_dtype, n)),
-        Variant("budget", _with_budget(n), losses.OURS[problem.dtype], f"fastclip {__version__}", is_quadratic=True),
+        *(_makes_gradient_first(problem, variant) for variant in ours),
         Variant("inf_cl", _inf_cl, budget, peers.version_of("inf_cl"), why_not=reasons["inf_cl"]),
         Variant(
             "memeff", _memeff, budget, peers.version_of("memeff"), why_not=reasons["memeff"], without_gradient=(2,)

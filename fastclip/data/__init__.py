@@ -2,8 +2,9 @@
 
 Reading order: `tar` and `scan` (places of samples in a file nobody vouches for), `shards`, `sources` (all that samples
 come from), `order` (which sample stands where in an epoch), `reader` (a worker's part) and `loader` (training),
-`eval_set` (evaluation), `decode` and `transforms`, `captions`, `tokenizer`, `faults` (what is wrong, counted), `demo`
-(data that needs no download), `streams` (random numbers that belong to names).
+`eval_set` (evaluation), `decode` and `transforms`, `device_decode` and `nvjpeg` (JPEGs on a GPU), `captions`,
+`tokenizer`, `faults` (what is wrong, counted), `demo` (data that needs no download), `streams` (random numbers that
+belong to names).
 """
 
 from fastclip.data.eval_set import EvalSet

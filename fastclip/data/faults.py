@@ -3,11 +3,13 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 log = logging.getLogger("fastclip.data")
 
 # Counted beside what is skipped, but used: they are no reason to stop, not even a strict run.
-USED = frozenset({"truncated_caption", "mislabelled_image", "concatenated_shard"})
+USED = frozenset({"truncated_caption", "mislabelled_image", "concatenated_shard", "cpu_decoded_image"})
 BUDGET_FROM = 1000  # samples read before a share of broken ones means anything
 
 
@@ -20,6 +22,29 @@ class BrokenSample(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return BrokenSample, (str(self), self.detail)
+
+
+@dataclass
+class Tally:
+    """What was wrong in a batch: by cause, one example of each, and how many of its own samples were replaced."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    replaced: int = 0
+
+    def add(self, cause: str, example: str) -> None:
+        """One more."""
+        self.counts[cause] += 1
+        self.examples.setdefault(cause, example)
+
+    def in_batch(self) -> dict[str, Any]:
+        """As a batch carries it; a plain dict, since pinning memory updates what it copies, which doubles a Counter."""
+        return {"skipped": dict(+self.counts), "examples": self.examples, "replaced": self.replaced}
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> "Tally":
+        """What `batch` carries."""
+        return Tally(Counter(batch["skipped"]), dict(batch["examples"]), batch["replaced"])
 
 
 class Faults:

@@ -45,7 +45,8 @@ class Loader:
     their image (see `edits`); with `options.arrays` also those. A sample that cannot be used is replaced by the next of
     its stream, the same place of the next global batch (or by one that the epoch leaves out), and counted by cause in
     `skipped` (truncated_caption counts captions cut to the context length, which are used). `seen` counts samples by
-    source. Rank 0 also counts what the shards' scan left out, so the sum over ranks is right.
+    source. Rank 0 also counts what the shards' scan left out, so the sum over ranks is right. With `options.decoder`
+    "image" lies on its device.
 
     `data`: see `sources.make_sources`. Errors: `FileNotFoundError`; `ValueError` for data without samples, fewer of
     them than `global_batch`, or arguments out of range.
@@ -96,6 +97,7 @@ class Loader:
             CaptionChoice(options.text_keys),
             seed,
         )
+        self._reader.leaves_jpegs = options.decoder is not None
         if options.arrays:
             self._reader.arrays = array_shapes(self._some_samples(), options.arrays)
         if hard_negatives:
@@ -150,10 +152,12 @@ class Loader:
         parts = ", ".join(
             f"{source.title}: {int(source.counts.sum()):,} in {len(source.counts):,}" for source in self.sources[:4]
         )
+        decoder = self.options.decoder
         drawn = " drawn with replacement" if self.options.resampled else ""
         return (
             f"{self.num_samples:,} pairs{drawn} in {len(self._counts):,} shards ({parts}), {self.steps_per_epoch:,} "
             f"steps an epoch of {self.global_batch:,} = {self.world_size} ranks x {local:,}, {self.workers} workers"
+            + (f", JPEGs decoded on {decoder.device}" if decoder else "")
             + (f"; {left:,} pairs are left out each epoch, other ones each time" if left else "")
         )
 
@@ -182,6 +186,7 @@ class Loader:
         for step, batch in zip(count(start_step), stream):
             if "error" in batch:
                 raise ValueError(batch["error"])
+            batch = self._decoded(batch)
             self.seen.update(self._sources_of(step))
             self.faults.add(batch.pop("skipped"), batch.pop("examples"), batch.pop("replaced"), read=len(batch["keys"]))
             yield batch
@@ -214,7 +219,12 @@ class Loader:
 
     def __getitem__(self, step: int) -> Batch:
         """This rank's batch of `step` with its own "skipped" counts, or {"error": message} where none can be made."""
-        return self._reader[self.job(step)]
+        return self._decoded(self._reader[self.job(step)])
+
+    def _decoded(self, batch: Batch) -> Batch:
+        """The batch with the pixels of all its images."""
+        decoder = self.options.decoder
+        return batch if decoder is None or "error" in batch else decoder(batch)
 
     def job(self, step: int) -> Job:
         """The places of this rank's batch of `step`, and of what may stand in for broken samples."""

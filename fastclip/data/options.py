@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from fastclip.data.augment import ColorAugment, RandomErase
 from fastclip.data.captions import CaptionChoice
+from fastclip.data.device_decode import DeviceDecoder
 from fastclip.data.fetch import Fetcher
 from fastclip.data.order import WINDOW
 from fastclip.data.transforms import RATIO
@@ -35,6 +36,8 @@ class DataOptions:
     """Random erasing."""
     fast_decode: bool = False
     """Decode JPEGs at a reduced scale and resize with SIMD: faster, some values off by one or two of 255."""
+    decoder: DeviceDecoder | None = None
+    """Decodes JPEGs in the process that takes the batches, whose images then lie on its device; None: workers do."""
     arrays: tuple[str, ...] = ()
     """Suffixes of stored arrays ("teacher.npy") that a batch holds, under their names without ".npy"."""
     strict: bool = False
@@ -56,4 +59,11 @@ class DataOptions:
             raise ValueError(f"crop_ratio: must be 0 < low <= high, was {self.crop_ratio}")
         if not 0 <= self.max_broken <= 1:
             raise ValueError(f"max_broken: must be in [0, 1], was {self.max_broken}")
+        color, erase = self.color, self.erase
+        if self.decoder and (color.jitter_prob or color.gray_prob or erase.prob or self.fast_decode):
+            raise ValueError(
+                "gpu_decode: jitter, greys, erasing and fast_decode are the workers', who decode nothing then: must be "
+                f"0 and False, were color_jitter_prob {color.jitter_prob:g}, gray_scale_prob {color.gray_prob:g}, "
+                f"erase_prob {erase.prob:g} and fast_decode {self.fast_decode}; set them so, or gpu_decode to False"
+            )
         CaptionChoice(self.text_keys)

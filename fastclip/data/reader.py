@@ -1,7 +1,6 @@
 """A job of places to a batch: what a worker process does, and all that it knows."""
 
 import io
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ import numpy as np
 import torch
 
 from fastclip.data.captions import CaptionChoice
+from fastclip.data.device_decode import JpegCrop, jpeg_crop, packed
 from fastclip.data.edits import CaptionEdits
-from fastclip.data.faults import BrokenSample
+from fastclip.data.faults import BrokenSample, Tally
 from fastclip.data.scan import Sample
 from fastclip.data.sources import SampleReader
 from fastclip.data.streams import Stream
@@ -42,27 +42,18 @@ class Job:
 
 class _Loaded(NamedTuple):
     key: str
-    pixels: np.ndarray
+    image: np.ndarray | JpegCrop
     caption: str
     arrays: list[np.ndarray]
 
 
 @dataclass
-class _Tally:
-    """What was wrong in a batch: by cause, one example of each, and how many of its own samples were replaced."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    replaced: int = 0
-
-    def add(self, cause: str, example: str) -> None:
-        self.counts[cause] += 1
-        self.examples.setdefault(cause, example)
-
-
-@dataclass
 class BatchReader:
-    """Makes batches; one per process. `arrays`: the stored arrays that a batch holds, suffix and shape."""
+    """Makes batches; one per process.
+
+    `arrays`: the stored arrays that a batch holds, suffix and shape. `leaves_jpegs`: plain JPEGs are handed over
+    as "encoded" with their crops, and "image" holds the others alone; see `device_decode`.
+    """
 
     readers: list[SampleReader]
     tokenizer: Tokenizer
@@ -71,6 +62,7 @@ class BatchReader:
     seed: int
     arrays: dict[str, tuple[int, ...]] = field(default_factory=dict)
     edits: CaptionEdits | None = None
+    leaves_jpegs: bool = False
 
     def __getitem__(self, job: Job) -> Batch:
         """The batch with "skipped" counts, "examples" of them and how many were "replaced"; {"error": message} where
@@ -79,18 +71,26 @@ class BatchReader:
         images = torch.empty(size, 3, image_size, image_size, dtype=torch.uint8)
         rows = images.numpy()
         loaded: list[_Loaded] = []
-        tally = _Tally()
+        crops: dict[int, JpegCrop] = {}
+        tally = Tally()
         for place in range(size):
             try:
                 sample = self._usable(job, place, tally)
             except BrokenSample as error:
                 return {"error": str(error)}
-            rows[place] = sample.pixels
-            loaded.append(sample._replace(pixels=rows[place]))
+            if isinstance(sample.image, JpegCrop):
+                crops[place] = sample.image
+            else:
+                row = place - len(crops)
+                rows[row] = sample.image
+                sample = sample._replace(image=rows[row])
+            loaded.append(sample)
         keys, captions = [sample.key for sample in loaded], [sample.caption for sample in loaded]
         text, cut = self.tokenizer.batch(captions)
         tally.counts["truncated_caption"] += cut
         batch = {"image": images, "text": text, "keys": keys, "epoch": job.epoch}
+        if self.leaves_jpegs:  # a view would travel with all of its memory
+            batch |= {"image": images[: size - len(crops)].clone(), "encoded": packed(crops)}
         for number, suffix in enumerate(self.arrays):
             stacked = np.stack([sample.arrays[number] for sample in loaded])
             batch[suffix.removesuffix(".npy")] = torch.from_numpy(stacked)
@@ -98,9 +98,9 @@ class BatchReader:
             streams = (Stream("edit", self.seed, job.epoch, key) for key in keys)
             edited = [self.edits.edited(*pair) for pair in zip(captions, streams, strict=True)]
             batch["negative_text"] = self.tokenizer(edited)
-        return batch | {"skipped": +tally.counts, "examples": tally.examples, "replaced": tally.replaced}
+        return batch | tally.in_batch()
 
-    def _usable(self, job: Job, place: int, tally: _Tally) -> _Loaded:
+    def _usable(self, job: Job, place: int, tally: Tally) -> _Loaded:
         """Sample `place` of the batch, or the first usable one of its replacements."""
         spares, size = job.shard.shape
         tried: set[tuple[int, int]] = set()
@@ -122,7 +122,7 @@ class BatchReader:
         first = f"sample {int(job.number[0, place])} of {job.names[job.shard[0, place]]!r}"
         raise BrokenSample(f"shards: {first} cannot be used, nor can {len(tried) - 1} others: {dict(tally.counts)}")
 
-    def _load(self, source: int, shard: str, number: int, epoch: int, occurrence: int | None, tally: _Tally) -> _Loaded:
+    def _load(self, source: int, shard: str, number: int, epoch: int, occurrence: int | None, tally: Tally) -> _Loaded:
         try:
             sample = self.readers[source].read(shard, number)
         except OSError as error:
@@ -132,13 +132,13 @@ class BatchReader:
         except BrokenSample as error:
             raise BrokenSample(str(error), f"{sample.key!r} {error.detail}".strip()) from error
 
-    def _prepare(self, sample: Sample, epoch: int, occurrence: int | None, tally: _Tally) -> _Loaded:
+    def _prepare(self, sample: Sample, epoch: int, occurrence: int | None, tally: Tally) -> _Loaded:
         names = (self.seed, epoch, sample.key) if occurrence is None else (self.seed, epoch, sample.key, occurrence)
         stream = Stream(*names)
         caption = self.captions.of(sample, stream)
         arrays = [stored_array(sample, suffix, shape) for suffix, shape in self.arrays.items()]
-        pixels = self.transform(sample.image, stream)
-        return _Loaded(sample.key, pixels, caption, arrays)
+        image = jpeg_crop(sample.image, self.transform, stream) if self.leaves_jpegs else None
+        return _Loaded(sample.key, self.transform(sample.image, stream) if image is None else image, caption, arrays)
 
 
 def stored_array(sample: Sample, suffix: str, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -5,7 +5,7 @@ SigLIP), `coca` and `distill` (open_clip's two over `clip`), `checks`, `ranks`.
 """
 
 from fastclip.losses.clip import ClipLoss
-from fastclip.losses.coca import CoCaLoss
+from fastclip.losses.coca import CoCaLoss, caption_loss
 from fastclip.losses.contrastive import ContrastiveStats, contrastive_loss
 from fastclip.losses.distill import DistillClipLoss
 from fastclip.losses.siglip import SigLipLoss
@@ -17,6 +17,7 @@ __all__ = [
     "ContrastiveStats",
     "DistillClipLoss",
     "SigLipLoss",
+    "caption_loss",
     "contrastive_loss",
     "sigmoid_loss",
 ]

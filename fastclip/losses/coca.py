@@ -1,9 +1,28 @@
-"""open_clip's `CoCaLoss` over `ClipLoss`."""
+"""open_clip's `CoCaLoss` over `ClipLoss`, and the caption loss of a whole batch over ranks."""
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastclip.distributed import all_reduce_sum, sum_over_ranks
 from fastclip.losses.clip import ClipLoss
+
+
+def caption_loss(
+    caption_losses: Tensor,  # (n,)
+    caption_tokens: Tensor,  # (n,)
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The mean over all tokens of all captions of the group of -log p(token), in nats (Yu et al. 2022).
+
+    caption_losses, caption_tokens: of this rank's captions the sum over their tokens, and how many those are, as a CLIP
+    with a decoder returns them. The value is the same on every rank; its gradient that of the sum of the ranks' values,
+    as `contrastive_loss` has it, so that averaging over ranks gives exactly the full batch's. (open_clip's `CoCaLoss`
+    is each rank's own mean.)
+    """
+    total, count = caption_losses.sum(), caption_tokens.sum().detach()
+    if group is not None:
+        total, count = all_reduce_sum(total, group), sum_over_ranks(count, group)
+    return total / count.clamp(min=1)
 
 
 class CoCaLoss(ClipLoss):

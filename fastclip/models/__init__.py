@@ -2,7 +2,7 @@
 
 from fastclip.models.checkpoint import LoadedModel, load_checkpoint, load_weights, save_model
 from fastclip.models.clip import CLIP
-from fastclip.models.config import CLIPConfig, TextConfig, VisionConfig
+from fastclip.models.config import CLIPConfig, DecoderConfig, TextConfig, VisionConfig
 from fastclip.models.factory import create_model
 from fastclip.models.files import resolve_checkpoint
 from fastclip.models.presets import PRESETS, get_config
@@ -12,6 +12,7 @@ __all__ = [
     "CLIP",
     "PRESETS",
     "CLIPConfig",
+    "DecoderConfig",
     "LoadedModel",
     "TextConfig",
     "VisionConfig",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastclip.models.coca import CaptionDecoder, next_tokens
 from fastclip.models.config import CLIPConfig, check_choice
 from fastclip.models.resnet import ModifiedResNet
 from fastclip.models.text import TextTower
@@ -54,20 +55,25 @@ class CLIP(TextTower):
         self.config = config
         self.packed_text = packed_text
         self.visual = visual or _image_tower(config)
+        if config.decoder is not None:
+            self.text_decoder = CaptionDecoder(config.decoder, config.text.vocab_size, config.act(config.text))
         self.logit_scale = nn.Parameter(torch.full((1,), config.init_logit_scale))
         if config.init_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.init_logit_bias)))
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Normalised images (B, 3, S, S), any float dtype -> (B, embed_dim), of unit length with `normalize`."""
+        features = self.visual(self._checked(image))
+        return unit_length(features) if normalize else features
+
+    def _checked(self, image: Tensor) -> Tensor:
         size = self.config.vision.image_size
         if image.dim() != 4 or image.shape[1:] != (3, size, size) or not image.is_floating_point():
             raise ValueError(
                 f"image must be normalised floats of shape (B, 3, {size}, {size}), was {image.dtype} "
                 f"{tuple(image.shape)}"
             )
-        features = self.visual(image.to(self.logit_scale.dtype))
-        return unit_length(features) if normalize else features
+        return image.to(self.logit_scale.dtype)
 
     def encode_text(self, text: Tensor | PackedText, normalize: bool = False) -> Tensor:
         """Token ids (B, L), zeros behind end-of-text, or packed captions -> (B, embed_dim)."""
@@ -86,23 +92,45 @@ class CLIP(TextTower):
 
         As open_clip returns them. The scale is exponentiated, at most 100 (its gradient is zero above); scale and bias
         are 0-dim and at least fp32. The features of an absent input are None; with `output_dict` their key is left out.
+        A model with a decoder, given both, adds caption_losses (B,), -log p of each caption's tokens, summed, and
+        caption_tokens (B,), how many those are: `fastclip.losses.caption_loss` takes them.
         """
-        image_features = None if image is None else self.encode_image(image, normalize=True)
-        text_features = None if text is None else self.encode_text(text, normalize=True)
+        captions: dict[str, Tensor] = {}
+        image_features: Tensor | None
+        text_features: Tensor | None
+        if self.config.decoder is not None and image is not None and isinstance(text, Tensor):
+            image_features, text_features, captions = self._captioned(image, text)
+        else:
+            image_features = None if image is None else self.encode_image(image, normalize=True)
+            text_features = None if text is None else self.encode_text(text, normalize=True)
         logit_scale = _at_least_fp32(self.logit_scale).exp().clamp(max=MAX_LOGIT_SCALE).squeeze(0)
         outputs = {"image_features": image_features, "text_features": text_features, "logit_scale": logit_scale}
         if self.config.init_logit_bias is not None:
             outputs["logit_bias"] = _at_least_fp32(self.logit_bias).squeeze(0)
+        outputs |= captions
         if not output_dict:
             return tuple(outputs.values())
         return {name: value for name, value in outputs.items() if value is not None}
+
+    def _captioned(self, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Features of both, of unit length, and what the decoder says of the captions."""
+        image_features, image_tokens = self.visual(self._checked(image), with_tokens=True)
+        text_features, text_tokens = self.text_features_and_tokens(ids)
+        if len(image) != len(ids):
+            raise ValueError(f"text must have a caption for each of the {len(image)} images, has {len(ids)}")
+        pad_id = self.config.text.pad_id
+        targets, kept = next_tokens(ids, pad_id)
+        losses = self.text_decoder(text_tokens[:, :-1][kept], targets, image_tokens, pad_id)
+        tokens = (ids[:, 1:] != pad_id).sum(1)
+        captions = {"caption_losses": losses, "caption_tokens": tokens.to(losses.dtype)}
+        return unit_length(image_features), unit_length(text_features), captions
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in backward instead of keeping them, block by block; open_clip's call."""
         self.set_recompute("full" if enable else "none")
 
     def set_recompute(self, mode: str) -> None:
-        """What backward recomputes instead of keeping it, in both towers; gradients stay the same.
+        """What backward recomputes instead of keeping it, in both towers and the decoder; gradients stay the same.
 
         mode: "none"; "selective": what LayerNorm, attention and activation return, no product with a weight more (a
             ModifiedResNet keeps what it keeps); "full": every block. A wrapped tower is asked for "full" through its
@@ -111,6 +139,7 @@ class CLIP(TextTower):
         check_choice("mode", mode, ("none", "selective", "full"))
         towers: list[Any] = [self.visual.transformer if isinstance(self.visual, VisionTransformer) else self.visual]
         towers.append(self.text if self.config.text.is_wrapped else self.transformer)
+        towers += [self.text_decoder] if self.config.decoder is not None else []
         for tower in towers:
             if hasattr(tower, "set_recompute"):
                 tower.set_recompute(mode)

@@ -47,6 +47,12 @@ class VisionConfig:
     """GELU's tanh approximation; `act_kwargs` in open_clip's JSON."""
     conv_stem: tuple[int, ...] = ()
     """Channels of stride-2 3x3 convolutions in front of the patch product (Xiao et al. 2021); not in open_clip."""
+    attentional_pool: bool = False
+    """Learned queries over all tokens behind the blocks (CoCa); the first is the image's feature."""
+    attn_pooler_queries: int = 256
+    """How many of them."""
+    attn_pooler_heads: int = 8
+    """Heads of their attention."""
     timm_model_name: str = ""
     """A model of timm to wrap; the fields above but `image_size` and `patch_dropout` are then not used."""
     timm_model_pretrained: bool = False
@@ -87,6 +93,8 @@ class VisionConfig:
             raise ValueError(f"image_size must be a multiple of patch_size ({self.patch_size}), was {self.image_size}")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size must be at least patch_size ({self.patch_size}), was {self.image_size}")
+        if self.attentional_pool and self.pool_type != "tok":
+            raise ValueError(f'pool_type must be "tok" with attentional_pool, was {self.pool_type!r}')
         if self.patch_size % 2 ** len(self.conv_stem):
             raise ValueError(
                 f"patch_size must be a multiple of {2 ** len(self.conv_stem)}, the stride of conv_stem "
@@ -101,9 +109,11 @@ class VisionConfig:
             raise ValueError(f"image_size of a ModifiedResNet must be a multiple of 32, was {self.image_size}")
         if self.width * 32 % self.head_width:
             raise ValueError(f"32 * width must be a multiple of head_width ({self.head_width}), was {32 * self.width}")
-        if self.conv_stem or self.patch_dropout or self.pool_type != "tok" or self.ls_init_value is not None:
+        has_option = self.conv_stem or self.patch_dropout or self.pool_type != "tok" or self.attentional_pool
+        if has_option or self.ls_init_value is not None:
             raise ValueError(
-                "conv_stem, patch_dropout, pool_type and ls_init_value are options of a Vision Transformer alone"
+                "conv_stem, patch_dropout, pool_type, attentional_pool and ls_init_value are options of a Vision "
+                "Transformer alone"
             )
 
     @property
@@ -140,6 +150,10 @@ class TextConfig:
     """"argmax": the token with the largest id (CLIP's end-of-text); "eos": the first `eos_id`; "last": the last one."""
     eos_id: int = 2
     """The id that pool_type "eos" looks for."""
+    embed_cls: bool = False
+    """A learned class token behind the caption, which is the text's feature (CoCa)."""
+    pad_id: int = 0
+    """The id of padding, which that class token does not look at and no caption loss counts."""
     no_causal_mask: bool = False
     """Every token sees every other, padding included (SigLIP, CLIPA)."""
     proj_bias: bool = False
@@ -169,6 +183,8 @@ class TextConfig:
         check_positive(self, "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_eps")
         check_choice("pool_type", self.pool_type, ("argmax", "eos", "last"))
         check_choice("hf_proj_type", self.hf_proj_type, ("linear", "mlp", ""))
+        if self.embed_cls and (self.no_causal_mask or self.is_wrapped):
+            raise ValueError("embed_cls is an option of the causal text tower alone")
         if self.width % self.heads and not self.is_wrapped:
             raise ValueError(f"width must be a multiple of heads ({self.heads}), was {self.width}")
 
@@ -181,11 +197,32 @@ class TextConfig:
         """Why captions cannot be cut to their true length without changing the features, or None."""
         if self.is_wrapped:
             return "the text tower is a wrapped model, which takes padded ids"
+        if self.embed_cls:
+            return "embed_cls puts a class token behind the padding"
         if self.no_causal_mask:
             return "no_causal_mask lets every token see the padding"
         if self.pool_type == "last":
             return 'pool_type "last" pools the padding'
         return None
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """CoCa's decoder of captions: causal blocks over the text tower's tokens, each with one that looks at the image."""
+
+    width: int = 512
+    """Channels of a token; the text tower's, and those of the image's tokens."""
+    heads: int = 8
+    """Number of attention heads."""
+    layers: int = 12
+    """Number of blocks of each kind."""
+    ls_init_value: float | None = None
+    """Initial value of LayerScale; None for blocks without it."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "width", "heads", "layers")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads ({self.heads}), was {self.width}")
 
 
 @dataclass(frozen=True)
@@ -198,6 +235,8 @@ class CLIPConfig:
     """The image tower."""
     text: TextConfig = field(default_factory=TextConfig)
     """The text tower."""
+    decoder: DecoderConfig | None = None
+    """A decoder of captions behind both towers (CoCa); `multimodal_cfg` in open_clip's JSON."""
     quick_gelu: bool = False
     """x * sigmoid(1.702 x) instead of GELU: what OpenAI's weights were trained with."""
     init_logit_scale: float = math.log(1 / 0.07)
@@ -229,6 +268,20 @@ class CLIPConfig:
         if self.vision.pool_type == "map" and not self.vision.is_wrapped and self.vision.width != self.embed_dim:
             raise ValueError(
                 f'embed_dim must be the width of a "map" tower ({self.vision.width}), was {self.embed_dim}'
+            )
+
+        if self.decoder is not None:
+            self._check_decoder(self.decoder)
+
+    def _check_decoder(self, decoder: DecoderConfig) -> None:
+        vision, text = self.vision, self.text
+        if vision.is_wrapped or vision.is_resnet or vision.pool_type != "tok" or not text.embed_cls:
+            raise ValueError('a decoder needs a Vision Transformer of pool_type "tok" and a text tower with embed_cls')
+        image_width = self.embed_dim if vision.attentional_pool else vision.width
+        if not decoder.width == text.width == image_width:
+            raise ValueError(
+                f"width of the decoder must be that of text and of the image's tokens ({text.width}, {image_width}), "
+                f"was {decoder.width}"
             )
 
     def act(self, tower: VisionConfig | TextConfig) -> str:

@@ -6,22 +6,29 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from fastclip.models.config import CLIPConfig, TextConfig, VisionConfig, nearest
+from fastclip.models.config import CLIPConfig, DecoderConfig, TextConfig, VisionConfig, nearest
 
-_T = TypeVar("_T", VisionConfig, TextConfig)
+_T = TypeVar("_T", VisionConfig, TextConfig, DecoderConfig)
 
 # Options of open_clip's towers that are not here, with the value that leaves them out.
 _ABSENT: dict[str, Any] = {
-    "attentional_pool": False, "attn_pooler_queries": 256, "attn_pooler_heads": 8, "pos_embed_type": "learnable",
-    "output_tokens": False, "block_type": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
-    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False, "embed_cls": False, "pad_id": 0,
+    "pos_embed_type": "learnable", "output_tokens": False, "block_type": None, "qk_norm": False,
+    "scaled_cosine_attn": False, "scale_heads": False,
+    "scale_attn_inner": False, "scale_attn": False, "scale_fc": False,
     "proj_type": "linear", "tokenizer_mode": None, "act_kwargs": {}, "norm_kwargs": {},
 }  # fmt: skip
 _ALWAYS = {
     VisionConfig: ("image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "pool_type"),
     TextConfig: ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+    DecoderConfig: ("width", "heads", "layers"),
 }
-_MODEL = ("embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "custom_text", "vision_cfg", "text_cfg")
+_MODEL = (
+    "embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "custom_text", "vision_cfg", "text_cfg",
+    "multimodal_cfg",
+)  # fmt: skip
+_DECODER = "multimodal_cfg"
+_TOKENS = "output_tokens"  # what open_clip's towers return beside their features, for that decoder
+_NOT_THE_DECODERS = ("context_length", "vocab_size", "mlp_ratio", "dim_head", "n_queries", "attn_pooler_heads")
 _PREPROCESS = {
     "mean": "image_mean",
     "std": "image_std",
@@ -63,15 +70,20 @@ def siglip_vision(timm_name: str, image_size: int | None = None) -> VisionConfig
 
 def written(config: CLIPConfig) -> dict[str, Any]:
     """See `CLIPConfig.to_dict`."""
-    model_cfg = {
+    text_cfg = _tower_written(config.text)
+    model_cfg: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.quick_gelu,
         "init_logit_scale": config.init_logit_scale,
         **({} if config.init_logit_bias is None else {"init_logit_bias": config.init_logit_bias}),
         **({"custom_text": True} if config.custom_text else {}),
         "vision_cfg": _siglip_written(config.vision) or _tower_written(config.vision),
-        "text_cfg": _tower_written(config.text),
+        "text_cfg": text_cfg,
     }
+    if config.decoder is not None:
+        shared = {name: text_cfg[name] for name in ("context_length", "vocab_size")}
+        model_cfg[_DECODER] = _tower_written(config.decoder) | shared
+        model_cfg["vision_cfg"][_TOKENS] = text_cfg[_TOKENS] = True
     preprocess_cfg = {
         "size": config.vision.image_size,
         "mean": list(config.image_mean),
@@ -87,8 +99,15 @@ def read(data: dict[str, Any]) -> CLIPConfig:
     """See `CLIPConfig.from_dict`."""
     model_cfg = dict(data.get("model_cfg", data))
     preprocess = data.get("preprocess_cfg", {})
-    vision = _vision_read(dict(model_cfg.pop("vision_cfg", {})))
-    text = _tower_read(TextConfig, dict(model_cfg.pop("text_cfg", {})), "text_cfg")
+    towers = {name: dict(model_cfg.pop(name, {})) for name in ("vision_cfg", "text_cfg")}
+    decoder = None
+    if _DECODER in model_cfg:
+        own = {k: v for k, v in model_cfg.pop(_DECODER).items() if k not in _NOT_THE_DECODERS}
+        decoder = _tower_read(DecoderConfig, own, _DECODER)
+        for tower in towers.values():
+            tower.pop(_TOKENS, None)
+    vision = _vision_read(towers["vision_cfg"])
+    text = _tower_read(TextConfig, towers["text_cfg"], "text_cfg")
     for key in model_cfg:
         if key not in _MODEL:
             raise ValueError(f"unknown key {key!r} in model_cfg{nearest(key, _MODEL)}")
@@ -96,7 +115,7 @@ def read(data: dict[str, Any]) -> CLIPConfig:
     if vision.pool_type == "map" and not vision.is_wrapped:
         prepared = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize_mode": "squash"}
     prepared |= {ours: preprocess[theirs] for theirs, ours in _PREPROCESS.items() if theirs in preprocess}
-    return CLIPConfig(vision=vision, text=text, **prepared, **model_cfg)
+    return CLIPConfig(vision=vision, text=text, decoder=decoder, **prepared, **model_cfg)
 
 
 def _vision_read(data: dict[str, Any]) -> VisionConfig:
@@ -120,7 +139,7 @@ def _siglip_written(vision: VisionConfig) -> dict[str, Any] | None:
     return None
 
 
-def _tower_written(config: VisionConfig | TextConfig) -> dict[str, Any]:
+def _tower_written(config: VisionConfig | TextConfig | DecoderConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)

@@ -59,6 +59,11 @@ def find_model(name: str | CLIPConfig) -> tuple[CLIPConfig, Path | None]:
 
 def resized(config: CLIPConfig, image_size: int | None, context_length: int | None) -> CLIPConfig:
     """`config` for images and captions of other sizes; None leaves one as it is."""
+    if context_length is not None and config.text.embed_cls and context_length != config.text.context_length:
+        raise ValueError(
+            f"force_context_length must be {config.text.context_length}, the model's, was {context_length}: the class "
+            "token behind its captions (embed_cls) has the last position"
+        )
     vision = config.vision if image_size is None else replace(config.vision, image_size=image_size)
     text = config.text if context_length is None else replace(config.text, context_length=context_length)
     return replace(config, vision=vision, text=text)

@@ -21,7 +21,7 @@ OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 _WRAPPERS = ("module.", "_orig_mod.")
 _NOT_WEIGHTS = frozenset({*OPENAI_MARKS, "attn_mask", "position_ids"})
 _TEXT = "text."  # open_clip's CustomTextCLIP
-_TEXT_OWN = ("positional_embedding", "text_projection", "token_embedding", "transformer.", "ln_final")
+_TEXT_OWN = ("positional_embedding", "text_projection", "token_embedding", "transformer.", "ln_final", "cls_emb")
 _IS_TRUNK = "visual.trunk.attn_pool.latent"
 
 # Our name, timm's: beginnings of a name, then parts of a block's
@@ -130,6 +130,8 @@ def why_not(config: CLIPConfig, layout: str) -> str | None:
     is_siglip = vision.pool_type == "map"
     if vision.is_wrapped or text.is_wrapped:
         return "it has a wrapped tower"
+    if config.decoder is not None or text.embed_cls or vision.attentional_pool:
+        return "it has CoCa's pooling or decoder"
     if vision.conv_stem:
         return "it has a conv_stem"
     if vision.ls_init_value is not None or text.ls_init_value is not None:

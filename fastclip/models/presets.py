@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from fastclip.models.config import CLIPConfig, TextConfig, VisionConfig, nearest
+from fastclip.models.config import CLIPConfig, DecoderConfig, TextConfig, VisionConfig, nearest
 from fastclip.models.config_json import siglip_vision
 
 _QUICK_GELU = "-quickgelu"
@@ -55,6 +55,29 @@ def _vit(
         ls_init_value=scale,
     )  # fmt: skip
     return CLIPConfig(embed_dim, vision, _text(*text))
+
+
+def coca_debug() -> CLIPConfig:
+    """`debug` with CoCa's pooling and decoder."""
+    config = debug()
+    vision = replace(config.vision, attentional_pool=True, attn_pooler_queries=9, attn_pooler_heads=2)
+    return _coca(replace(config, vision=vision), DecoderConfig(64, 2, 2), 32)
+
+
+def _coca(base: CLIPConfig, decoder: DecoderConfig, context: int = 76) -> CLIPConfig:
+    """`base` with a decoder of captions behind it (Yu et al. 2022, arXiv 2205.01917)."""
+    text = replace(base.text, context_length=context, embed_cls=True)
+    return replace(base, text=text, decoder=decoder, custom_text=True)
+
+
+def _coca_vit(name: str, *decoder: int) -> CLIPConfig:
+    base = PRESETS[name]()
+    return _coca(replace(base, vision=replace(base.vision, attentional_pool=True)), DecoderConfig(*decoder))
+
+
+def _coca_base() -> CLIPConfig:
+    base = _vit(512, 768, 12, 18, 288, text=(768, 12))
+    return _coca(replace(base, text=replace(base.text, vocab_size=64000)), DecoderConfig(768, 12, 12))
 
 
 def _clipa(base: str, image: int = 224) -> CLIPConfig:
@@ -128,6 +151,10 @@ PRESETS: dict[str, Callable[[], CLIPConfig]] = {
     "ViT-g-14": partial(_vit, 1024, 1408, 40, 14, head=88, mlp=4.3637, text=(1024, 24)),
     "ViT-bigG-14": partial(_vit, 1280, 1664, 48, 14, head=104, mlp=4.9231, text=(1280, 32)),
     "ViT-e-14": partial(_vit, 1280, 1792, 56, 14, head=112, mlp=8.5715, text=(1280, 36)),
+    "coca_debug": coca_debug,
+    "coca_base": _coca_base,
+    "coca_ViT-B-32": partial(_coca_vit, "ViT-B-32", 512, 8, 12),
+    "coca_ViT-L-14": partial(_coca_vit, "ViT-L-14", 768, 12, 12),
     "ViT-L-14-CLIPA": partial(_clipa, "ViT-L-14"),
     "ViT-L-14-CLIPA-336": partial(_clipa, "ViT-L-14", 336),
     "ViT-H-14-CLIPA": partial(_clipa, "ViT-H-14"),

@@ -21,7 +21,9 @@ class TextTower(nn.Module):
         self.context_length = config.context_length
         self.vocab_size = config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length + config.embed_cls, width))
+        if config.embed_cls:
+            self.cls_emb = nn.Parameter(0.01 * torch.randn(width))
         self.transformer = Transformer(
             width, config.layers, config.heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
@@ -47,7 +49,29 @@ class TextTower(nn.Module):
             text = pack_text(text, eos_id=self._eos_id) if packed and reason is None else text
         elif reason is not None:
             raise ValueError(f"text must be padded ids (B, L), was packed: {reason}")
-        pooled = self._pooled_packed(text) if isinstance(text, PackedText) else self._pooled_padded(text)
+        if isinstance(text, PackedText):
+            return self._projected(self._pooled_packed(text))
+        if self.text_config.embed_cls:
+            return self.text_features_and_tokens(text)[0]
+        return self._projected(self._pooled_padded(text))
+
+    def text_features_and_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a tower with embed_cls: ids (B, L) -> (B, embed_dim), and its tokens (B, L, width) without ln_final."""
+        self._check_ids(ids)
+        batch, length = ids.shape
+        x = torch.cat((self.token_embedding(ids), self.cls_emb.expand(batch, 1, -1)), dim=1)
+        x = self.transformer(x + self.positional_embedding[: length + 1], mask=self._class_token_mask(ids))
+        return self._projected(x[:, -1]), x[:, :-1]
+
+    def _class_token_mask(self, ids: Tensor) -> Tensor:
+        """Causal, and without padding, but shifted by one: what open_clip's CoCa weights were trained with.
+
+        So the class token sees the first token of the padding, and itself where there is none.
+        """
+        seen = F.pad(ids != self.text_config.pad_id, (1, 0), value=True)  # (B, L + 1)
+        return seen[:, None] & seen.new_ones(seen.shape[1], seen.shape[1]).tril()
+
+    def _projected(self, pooled: Tensor) -> Tensor:
         pooled = self.ln_final(pooled)
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled)

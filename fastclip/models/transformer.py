@@ -62,24 +62,34 @@ class Attention(nn.Module):
         max_seqlen: int | None = None,
         causal: bool = False,
         pool_rows: Tensor | None = None,  # (B,)
+        mask: Tensor | None = None,  # (B, N, N) bool
     ) -> Tensor:
         """Attention on norm(x) for all tokens, or (B, W) for the rows `pool_rows` of the flattened tokens.
 
         Those are one a sequence, and look at all of it; under a causal mask each must therefore be its last.
+        mask: the keys that each query sees, instead of `causal`.
         """
         width = x.shape[-1]
         if pool_rows is None:
-            qkv = _run(self.recomputes, lambda x: self.product(norm(x), self.in_proj_weight, self.in_proj_bias), x)
-            return _run(self.recomputes, lambda qkv: self._attend(qkv, cu_seqlens, max_seqlen, causal), qkv)
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            qkv = recomputing(self.recomputes, lambda x: self.product(norm(x), weight, bias), x)
+            return recomputing(self.recomputes, self._attend, qkv, cu_seqlens, max_seqlen, causal, mask)
         weight_q, weight_kv = self.in_proj_weight.split((width, 2 * width))
         bias_q, bias_kv = self.in_proj_bias.split((width, 2 * width))
         q = self.product(norm(_rows(x, pool_rows)), weight_q, bias_q).unflatten(-1, (self.heads, -1))
-        kv = _run(self.recomputes, lambda x: self.product(norm(x), weight_kv, bias_kv), x)
+        kv = recomputing(self.recomputes, lambda x: self.product(norm(x), weight_kv, bias_kv), x)
         out = pooled_attention(q, kv.unflatten(-1, (2, self.heads, -1)), cu_seqlens, max_seqlen)
         return self.out_proj(out.flatten(-2))
 
-    def _attend(self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, causal: bool) -> Tensor:
-        out = attention(qkv.unflatten(-1, (3, self.heads, -1)), cu_seqlens, max_seqlen, causal=causal)
+    def _attend(
+        self, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, causal: bool, mask: Tensor | None
+    ) -> Tensor:
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        if mask is None:
+            out = attention(qkv, cu_seqlens, max_seqlen, causal=causal)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
         return self.out_proj(out.flatten(-2))
 
 
@@ -125,8 +135,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """(..., W) -> (..., W)."""
-        hidden = _run(self.recomputes, lambda x: self.c_fc(norm(x)), x)
-        return _run(self.recomputes, lambda x: self.c_proj(self.gelu(x)), hidden)
+        hidden = recomputing(self.recomputes, lambda x: self.c_fc(norm(x)), x)
+        return recomputing(self.recomputes, lambda x: self.c_proj(self.gelu(x)), hidden)
 
 
 class Block(nn.Module):
@@ -150,9 +160,10 @@ class Block(nn.Module):
         max_seqlen: int | None = None,
         causal: bool = False,
         pool_rows: Tensor | None = None,  # (B,)
+        mask: Tensor | None = None,  # (B, N, N) bool
     ) -> Tensor:
         """The block's output for all tokens, or (B, W) for `pool_rows` alone: exact, and an MLP on B rows only."""
-        attended = self.attn(x, self.ln_1, cu_seqlens, max_seqlen, causal, pool_rows)
+        attended = self.attn(x, self.ln_1, cu_seqlens, max_seqlen, causal, pool_rows, mask)
         x = self.ls_1(attended) + (x if pool_rows is None else _rows(x, pool_rows))
         return x + self.ls_2(self.mlp(x, self.ln_2))
 
@@ -175,7 +186,7 @@ class Transformer(nn.Module):
         ls_init_value: float | None = None,
     ) -> None:
         super().__init__()
-        self._reruns_blocks = False
+        self.reruns_blocks = False
         self.resblocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, act, norm_eps, ls_init_value) for _ in range(layers)
         )
@@ -184,7 +195,7 @@ class Transformer(nn.Module):
         """What backward recomputes instead of keeping: "none"; "selective": what LayerNorm, attention and activation
         return, at no product with a weight more (56 % of the bytes of open_clip's block, 45 % with QuickGELU); "full":
         the blocks, of which it keeps the inputs alone."""
-        self._reruns_blocks = mode == "full"
+        self.reruns_blocks = mode == "full"
         for module in self.modules():
             if isinstance(module, (Attention, MLP)):
                 module.recomputes = mode == "selective"
@@ -207,16 +218,17 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         causal: bool = False,
         pool_rows: Tensor | None = None,  # (B,)
+        mask: Tensor | None = None,  # (B, N, N) bool: the keys that each query sees, instead of `causal`
     ) -> Tensor:
         """(B, N, W) or (T, W), or (B, W) with `pool_rows`."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
-            arguments = (x, cu_seqlens, max_seqlen, causal, pool_rows if i == last else None)
-            x = _run(self._reruns_blocks, block, *arguments)
+            arguments = (x, cu_seqlens, max_seqlen, causal, pool_rows if i == last else None, mask)
+            x = recomputing(self.reruns_blocks, block, *arguments)
         return x
 
 
-def _run(recomputes: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def recomputing(recomputes: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), which backward runs again, but for what comes behind the last tensor it needs.
 
     So a product that ends the function is not run again.

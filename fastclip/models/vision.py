@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastclip.models.coca import AttentionalPooler
 from fastclip.models.config import VisionConfig
 from fastclip.models.transformer import MLP, LayerNorm, Transformer
 from fastclip.ops.attention import pooled_attention
@@ -84,8 +85,8 @@ class LatentPool(nn.Module):
 class VisionTransformer(nn.Module):
     """Images to features: patches, class token, positions, ln_pre, blocks, ln_post, projection.
 
-    With pool_type "tok" the last block and ln_post run on the class token alone, which is exact. With "map" there is no
-    class token, no ln_pre and no projection.
+    With pool_type "tok" the last block and ln_post run on the class token alone, which is exact; with an attentional
+    pool behind the blocks they run on all. With "map" there is no class token, no ln_pre and no projection.
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, act: str = "gelu") -> None:
@@ -107,15 +108,31 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(
             width, config.layers, heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
         )
-        self.ln_post = LayerNorm(width, config.norm_eps)
+        pooled = embed_dim if config.attentional_pool else width
+        self.attn_pool: AttentionalPooler | LatentPool
+        if config.attentional_pool:
+            queries = config.attn_pooler_queries
+            self.attn_pool = AttentionalPooler(embed_dim, config.attn_pooler_heads, width, queries, config.norm_eps)
+        self.ln_post = LayerNorm(pooled, config.norm_eps)
         if self.has_class_token:
-            self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+            self.proj = nn.Parameter(scale * torch.randn(pooled, embed_dim))
         else:
             self.attn_pool = LatentPool(width, heads, config.mlp_ratio, act, config.norm_eps)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised."""
+    def forward(self, image: Tensor, with_tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, S, S) -> features (B, embed_dim), not L2-normalised.
+
+        with_tokens: also what a decoder of captions looks at, (B, M, embed_dim) of an attentional pool, else
+            (B, M, width); for pool_type "tok".
+        """
         x = self.ln_pre(self._tokens(image))
+        if self.config.attentional_pool or with_tokens:
+            x = self.transformer(x)
+            if self.config.attentional_pool:
+                x = self.attn_pool(x, None if with_tokens else 1)
+            x = self.ln_post(x)
+            features = x[:, 0] @ self.proj
+            return (features, x[:, 1:]) if with_tokens else features
         if self.config.pool_type == "tok":
             class_rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
             return self.ln_post(self.transformer(x, pool_rows=class_rows)) @ self.proj

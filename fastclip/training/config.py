@@ -44,6 +44,8 @@ class TrainConfig:
     """Column of a table that holds the captions."""
     fast_decode: bool = False
     """Decode JPEGs at a reduced scale: faster, some values off by one or two of 255."""
+    gpu_decode: bool = False
+    """Decode JPEGs on the rank's GPU, which workers only read then; needs a torchvision built for CUDA."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strengths of brightness, contrast, saturation and hue, as in open_clip's --aug-cfg."""
     color_jitter_prob: float = 0.0
@@ -141,6 +143,8 @@ class TrainConfig:
     """Of the contrastive loss in the sum of losses."""
     sigmoid_weight: float = 0.0
     """Of the sigmoid loss (SigLIP, Zhai et al. 2023) in the sum; above 0 the model has a logit_bias."""
+    caption_weight: float = 0.0
+    """Of the captions' loss in the sum, a cross-entropy of next tokens; for models with a decoder (coca_ViT-B-32)."""
     distill_weight: float = 0.0
     """Of the distillation loss in the sum, from a teacher's features that lie beside each sample as
     teacher_image.npy and teacher_text.npy."""
@@ -242,10 +246,12 @@ class TrainConfig:
             raise UserError("spike goes back to a checkpoint, of which there is none before the end: set save_every")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be at least 0 and below 1, was {self.ema}")
-        if not self.contrastive_weight + self.sigmoid_weight + self.distill_weight:
+        if not self.contrastive_weight + self.sigmoid_weight + self.caption_weight + self.distill_weight:
             raise UserError("the weights of all losses are 0, one must be above")
         if self.hard_negatives and self.sigmoid_weight:
             raise UserError("hard_negatives are texts without an image, which the sigmoid loss cannot take: leave one")
+        if self.hard_negatives and self.caption_weight:
+            raise UserError("hard_negatives are texts without an image, which no caption loss can take: leave one")
         if self.schedule == "open_clip" and self.minutes:
             raise UserError("schedule open_clip counts steps: use cosine with --minutes")
         if self.zero_stage not in (0, 1, 2, 3):

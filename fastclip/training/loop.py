@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from fastclip.data import normalize_image
 from fastclip.data.loader import Batch
 from fastclip.grad_cache import GradCache
-from fastclip.losses import DistillClipLoss, contrastive_loss, sigmoid_loss
+from fastclip.losses import DistillClipLoss, caption_loss, contrastive_loss, sigmoid_loss
 from fastclip.models import CLIPConfig
 from fastclip.training.average import WeightAverage
 from fastclip.training.checkpoint import NotSaved, find_checkpoint
@@ -264,11 +264,13 @@ class Loss:
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         negative_text_features: Tensor | None = None,
+        caption_losses: Tensor | None = None,
+        caption_tokens: Tensor | None = None,
         teacher_image: Tensor | None = None,
         teacher_text: Tensor | None = None,
     ) -> Tensor:
-        """The loss, with the features of further texts that are no image's as negatives of all images, and those of a
-        teacher."""
+        """The loss, with the features of further texts that are no image's as negatives of all images, what a decoder
+        says of the captions, and the features of a teacher."""
         config, group = self.config, self.group
         self.logit_scale = logit_scale.detach()
         self.is_finite = image_features.detach().isfinite().all() & text_features.detach().isfinite().all()
@@ -276,6 +278,8 @@ class Loss:
         if config.sigmoid_weight:
             bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
             total = config.sigmoid_weight * sigmoid_loss(image_features, text_features, logit_scale, bias, group=group)
+        if caption_losses is not None and caption_tokens is not None:
+            total = total + config.caption_weight * caption_loss(caption_losses, caption_tokens, group)
         if config.distill_weight:
             teacher = (normalize(x.float(), dim=-1) for x in (teacher_image, teacher_text) if x is not None)
             scale = logit_scale.new_tensor(config.distill_scale)

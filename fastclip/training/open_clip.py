@@ -25,6 +25,10 @@ SAME = {
     "log-every-n-steps": "log_every", "lock-image-unlocked-groups": "image_unlocked",
     "lock-text-unlocked-layers": "text_unlocked", "resume": "resume",
 }  # fmt: skip
+COCA = {
+    "coca-contrastive-loss-weight": ("contrastive_weight", 1.0),
+    "coca-caption-loss-weight": ("caption_weight", 2.0),
+}
 SWITCHES = {"lock-image": "lock_image", "lock-text": "lock_text"}
 # What needs no translation, and why.
 NEEDLESS = {
@@ -100,6 +104,9 @@ def translate(command_line: str) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"--train-num-samples is not in it: set --steps to {epochs} epochs")
     notes += _choices(flags, values)
     known = set(SAME) | set(SWITCHES) | set(NEEDLESS)
+    if values["model"].startswith("coca"):
+        values |= {field: flags.get(flag, default) for flag, (field, default) in COCA.items()}
+        known |= set(COCA)
     unknown = {flag: "" if flag in VALUELESS else f" {value}" for flag, value in flags.items() if flag not in known}
     notes += [f"--{flag}{value}: no counterpart" for flag, value in unknown.items()]
     return values, notes

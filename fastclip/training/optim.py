@@ -16,12 +16,12 @@ _FIRST = re.compile(
     r"conv1|conv2|conv3|conv_stem|bn1|bn2|bn3|class_embedding|embed|cls_token|ln_pre|norm_pre|^visual\.downsample"
 )
 _LAST = re.compile(r"(?:^|\.)(?:proj|text_projection|attnpool\.[a-z_]*|head)(?:\.|$)")
-SHARED = ("logit_scale", "logit_bias")
+SHARED = ("logit_scale", "logit_bias", "text_decoder")
 
 
 def tower_of(name: str) -> str:
     """ "image", "text", or "" for what both share."""
-    return "" if name in SHARED else "image" if name.startswith("visual.") else "text"
+    return "" if name.partition(".")[0] in SHARED else "image" if name.startswith("visual.") else "text"
 
 
 def depths(names: list[str]) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 
 from fastclip.data import Loader, Tokenizer, get_tokenizer
 from fastclip.data.augment import ColorAugment, RandomErase
+from fastclip.data.nvjpeg import nvjpeg_decoder
 from fastclip.data.options import DataOptions
 from fastclip.data.scan import IMAGE_SUFFIXES
 from fastclip.data.shards import expand_shards
@@ -101,7 +102,7 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
             seed=config.seed,
             workers=config.workers,
             hard_negatives=config.hard_negatives,
-            options=_data_options(config, model_config),
+            options=_data_options(config, model_config, processes.device),
         )
     if config.fit:
         config, chosen = fit(config, processes)
@@ -176,6 +177,10 @@ def _with_precision(config: TrainConfig, processes: Processes) -> tuple[TrainCon
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[CLIPConfig, Tokenizer]:
     model = model_of(config)
+    if model.decoder is None and config.caption_weight:
+        raise UserError(f"model {config.model} has no decoder for caption_weight to train: take coca_ViT-B-32, say")
+    if model.decoder is not None and not config.caption_weight:
+        raise UserError(f"model {config.model} has a decoder, which nothing trains: give caption_weight (CoCa's is 2)")
     if not config.data:
         raise UserError("--data is missing: a folder, glob or pattern of training shards")
     _check_shards(config.data)  # before the tokenizer, which is looked for beside them
@@ -208,7 +213,7 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
 
 
-def _data_options(config: TrainConfig, model: CLIPConfig) -> DataOptions:
+def _data_options(config: TrainConfig, model: CLIPConfig, device: torch.device) -> DataOptions:
     try:
         upsampling = tuple(float(factor) for factor in config.upsampling.split("::") if factor)
     except ValueError:
@@ -224,6 +229,7 @@ def _data_options(config: TrainConfig, model: CLIPConfig) -> DataOptions:
         crop_ratio=config.crop_ratio,
         erase=RandomErase(config.erase_prob, config.erase_count, model.image_mean, model.image_std),
         fast_decode=config.fast_decode,
+        decoder=nvjpeg_decoder(device) if config.gpu_decode else None,
         strict=config.strict,
         max_broken=config.max_broken,
         arrays=tuple(f"{name}.npy" for name in TEACHER) if config.distill_weight else (),
