@@ -59,12 +59,14 @@ demo: $(STAMP)
 	@$(BIN)/fastclip search "a red circle above a blue square" --checkpoint $(DEMO_RUN) --data $(DEMO_DATA)
 
 # OpenMP's threads wait asleep: spinning, those of one worker keep the other's from the cores.
+SIDE_BY_SIDE = OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
 test: $(STAMP)
-	@OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not long and not peer"
+	@$(SIDE_BY_SIDE) -m "not long and not peer"
 
 test-long: $(STAMP) $(PEERS)
-	@OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m pair
-	@$(BIN)/python -m pytest -m "(long or peer) and not pair"
+	@$(SIDE_BY_SIDE) -m "(long or peer) and not alone"
+	@$(BIN)/python -m pytest -m alone
 
 test-all: test test-long
 

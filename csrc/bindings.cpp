@@ -1,5 +1,4 @@
 // Names of the compiled kernels, and nothing else: they are reached from Python as torch.ops.fastclip_cpu.<name>.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 #include <torch/version.h>
 

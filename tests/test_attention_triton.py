@@ -108,7 +108,6 @@ def test_dense_runs_agree_bitwise(device: str, length: int, causal: bool) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.pair
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.usefixtures("triton_kernels")
 def test_split_in_every_way(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, causal) -> None:
@@ -123,7 +122,6 @@ def test_split_in_every_way(triton_kernels: ModuleType, monkeypatch: pytest.Monk
 
 
 @pytest.mark.long
-@pytest.mark.pair
 @pytest.mark.parametrize("first", range(0, 600, 100))
 def test_every_length(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, first: int) -> None:
     """1 to 200, then every third to 600 (the C++ kernels take every one), causal and not in turns, the head dims in
@@ -144,7 +142,6 @@ def test_every_length(triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.long
-@pytest.mark.pair
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.usefixtures("triton_kernels")
 def test_every_head_dim_at_the_lengths_of_towers(device: str, head_dim: int) -> None:
@@ -154,7 +151,7 @@ def test_every_head_dim_at_the_lengths_of_towers(device: str, head_dim: int) -> 
 
 
 @pytest.mark.parametrize(
-    "length", [64, pytest.param(192, marks=[pytest.mark.long, pytest.mark.pair])]
+    "length", [64, pytest.param(192, marks=pytest.mark.long)]
 )  # % 128 == 64, where cuDNN's backward made NaN of such scores
 @pytest.mark.usefixtures("triton_kernels")
 def test_very_negative_lse(device: str, length: int) -> None:
@@ -283,7 +280,6 @@ def test_pooled_compiles_without_spills() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.pair
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_without_spills(capability: int) -> None:
     assert assert_compiles(capability, ["triton", "triton_pooled"]) > 70

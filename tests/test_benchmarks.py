@@ -65,9 +65,6 @@ def run_of(tmp_path: Path, **options: object) -> Run:
     return Run(tmp_path / "rows.csv", seconds=0.0, is_quick=True, **options)  # type: ignore[arg-type]
 
 
-# --- rows ---
-
-
 def test_the_columns_are_those_of_the_design() -> None:
     wanted = (
         "op, impl, device, dtype, shape_json, phase, p50_ms, p20_ms, p80_ms, peak_mb, gflops, pct_roofline, "
@@ -101,9 +98,6 @@ def test_a_file_that_was_cut_off_or_is_another(tmp_path: Path) -> None:
     path.write_text("time,speed\n")
     with pytest.raises(UserError, match="has the columns time,speed; must be op,impl"):
         rows.append(path, [])
-
-
-# --- gate ---
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -144,9 +138,6 @@ def test_what_passes_beside_the_baseline() -> None:
     assert allowed(budget, None) == Errors(1e-5, 4e-6)
     assert allowed(budget, baseline) == Errors(1e-5, 1e-5)
     assert not passes(Errors(math.nan, 0.0), allowed(budget, baseline))
-
-
-# --- rounds ---
 
 
 def test_rounds_rotate_and_a_failure_takes_no_further_turn() -> None:
@@ -191,9 +182,6 @@ def test_one_disturbed_call_does_not_set_the_repeats(monkeypatch: pytest.MonkeyP
     assert len(calls) == 2
     calls[:] = [10.0]
     assert runner.warm_up() == 10  # a long one is not called again
-
-
-# --- runs ---
 
 
 @pytest.mark.usefixtures("either_way")
@@ -302,9 +290,6 @@ def test_memory_of_eager_code_is_its_matrices() -> None:
     assert 0 <= ours < matrix
 
 
-# --- the command ---
-
-
 def test_the_command_resumes_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.csv"
     arguments = ["--quick", "--case", "sigmoid_loss", "--device", "cpu", "--seconds", "0.001", "--out", str(out)]
@@ -390,9 +375,6 @@ def test_the_lab_ends_in_time(tmp_path: Path) -> None:
     assert lab._watch(visit, command)[1:] == (1, 2)
     assert time.monotonic() - start < 20
     assert visit.left == 0
-
-
-# --- what is drawn from the rows ---
 
 
 def test_the_tables_in_the_document_are_what_the_rows_say() -> None:
@@ -535,7 +517,6 @@ def test_goodput_is_the_share_that_is_kept() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.pair
 def test_a_huge_batch_is_measured_or_says_why_not(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     common = ["--chunk", "8", "--out", str(out)]

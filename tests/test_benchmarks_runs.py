@@ -55,9 +55,6 @@ def whole_run(folder: Path, **fields: object) -> Path:
     return folder
 
 
-# --- a type that the machine has no products of ---
-
-
 @pytest.mark.usefixtures("avx2")
 def test_products_that_the_machine_lacks_are_left_out_with_a_row(tmp_path: Path) -> None:
     run = Run(tmp_path / "rows.csv", seconds=0.0, is_quick=True)
@@ -131,9 +128,6 @@ def test_the_table_says_what_was_left_out() -> None:
     assert table.measured_table(measured[:1]).count("\n\n") == 1
 
 
-# --- two runs ---
-
-
 def run_with(path: Path, ratios: dict[str, float | None], machine_name: str = "M") -> Path:
     path.unlink(missing_ok=True)
     fields = {"op": "a", "device": "cpu", "dtype": "float32", "phase": "both", "machine": machine_name}
@@ -190,9 +184,6 @@ def test_runs_of_other_machines_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert f"{first} is of GPU; {second} is of another: ratios are compared on one machine only" in (
         capsys.readouterr().err
     )
-
-
-# --- a run is recorded ---
 
 
 def test_a_whole_run_is_recorded(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

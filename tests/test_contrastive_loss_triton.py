@@ -204,9 +204,9 @@ print(json.dumps([(*names, *compile_offline(**case, capability=int(sys.argv[1]))
 @pytest.mark.parametrize(
     "capability",
     [
-        pytest.param(80, marks=[pytest.mark.long, pytest.mark.pair]),
+        pytest.param(80, marks=pytest.mark.long),
         90,
-        pytest.param(100, marks=[pytest.mark.long, pytest.mark.pair]),
+        pytest.param(100, marks=pytest.mark.long),
     ],
 )
 def test_compiles_without_spills(capability: int) -> None:

@@ -48,7 +48,6 @@ REGISTERS = 65536 // 384  # of a thread, when a program of three warpgroups star
 
 
 @pytest.mark.long
-@pytest.mark.pair
 def test_it_compiles_for_the_tensor_cores_without_spills(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")

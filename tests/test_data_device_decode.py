@@ -308,9 +308,6 @@ def test_pinning_a_batch_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum((Counter(loader[step]["skipped"]) for step in range(5)), Counter()).total() > 1
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "choice",
     [
@@ -384,9 +381,7 @@ def test_nvjpeg_is_called_as_torchvision_wants_it(monkeypatch: pytest.MonkeyPatc
     assert seen == [1, 3]
 
 
-# --- a run --------------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.long
 def test_a_run_decodes_on_its_device_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

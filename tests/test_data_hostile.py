@@ -254,9 +254,6 @@ def test_any_bytes_are_scanned(tmp_path: Path, content: bytes) -> None:
     assert len(scan_shard(str(write(tmp_path / "any.tar", content)))) == 0
 
 
-# --- samples -------------------------------------------------------------------------------------------------------
-
-
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that promises width x height pixels."""
 

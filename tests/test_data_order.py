@@ -102,9 +102,6 @@ def test_uniforms_are_the_streams_own() -> None:
     assert uniforms(np.arange(5), "a", 1).tolist() == [stream.uniform() for _ in range(5)]
 
 
-# --- the loader ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -49,9 +49,6 @@ def images(folder: Path, count: int) -> None:
         (folder / f"{number}.png").write_bytes(image_file(number))
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
 def test_a_table_of_paths_and_captions(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images(tmp_path / "images", 3)
@@ -139,9 +136,6 @@ def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 1 << 20
 
 
-# --- folders, made up, lists, mixtures -------------------------------------------------------------------------------
-
-
 def test_a_folder_of_images_and_texts(tmp_path: Path) -> None:
     images(tmp_path, 2)
     images(tmp_path / "below", 1)
@@ -217,9 +211,6 @@ def test_the_arithmetic_is_told(tmp_path: Path) -> None:
     )
 
 
-# --- elsewhere -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def fetcher(tmp_path: Path) -> Fetcher:
     return Fetcher(str(tmp_path / "cache"), timeout=0.5, retries=1)
@@ -286,9 +277,6 @@ def test_the_cache_is_bounded(tmp_path: Path) -> None:
 def test_what_is_remote() -> None:
     assert all(is_remote(name) for name in ("s3://b/x.tar", "pipe:cat x", "https://h/x.tar", "hf://d/x.tar"))
     assert not any(is_remote(name) for name in ("x.tar", "/a/b", "C:x", "a:b"))
-
-
-# --- captions and stored arrays --------------------------------------------------------------------------------------
 
 
 def drawn(spec: str, sample: Sample, count: int = 2000) -> Counter[str]:

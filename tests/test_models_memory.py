@@ -137,7 +137,6 @@ def test_channels_last_is_the_same(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.pair
 @pytest.mark.parametrize("name", ["vit", "resnet", "siglip"])
 def test_both_towers_compile_into_full_graphs_by_inductor(name: str) -> None:
     config = CONFIGS[name]

@@ -71,7 +71,7 @@ def test_buckets_keep_the_compiled_graph() -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("impl", ["sdpa", pytest.param("reference", marks=[pytest.mark.long, pytest.mark.pair])])
+@pytest.mark.parametrize("impl", ["sdpa", pytest.param("reference", marks=pytest.mark.long)])
 def test_the_compiled_gradient_is_the_gradient(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     """Dynamo of torch 2.11 lost what came through an index_copy_: silently."""
     monkeypatch.setattr(implementations, "order", lambda *_, **__: (impl,))

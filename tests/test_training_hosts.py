@@ -51,6 +51,7 @@ def words(launcher: str, node: int, hostfile: Path) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_run_on_two_hosts_gives_the_curve_of_one(hosts: tuple[str, ...], tmp_path: Path, launcher: str) -> None:
     data, out = small_data(tmp_path / "data"), tmp_path / "out"

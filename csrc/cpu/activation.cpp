@@ -126,7 +126,7 @@ void backward(const at::Tensor& d_x, const at::Tensor& partial, const at::Tensor
 
 at::Tensor activation_fwd(const at::Tensor& x_, const std::optional<at::Tensor>& bias, c10::string_view kind) {
   const auto x = x_.contiguous();
-  auto out = at::empty_like(x);
+  auto out = x.new_empty(x.sizes());
   const auto shift = columns(bias, x.size(-1), 0.f);
   const auto k = kind_of(kind);
   if (x.scalar_type() == at::kBFloat16)
@@ -141,11 +141,11 @@ at::Tensor activation_fwd(const at::Tensor& x_, const std::optional<at::Tensor>&
 std::tuple<at::Tensor, at::Tensor> activation_bwd(const at::Tensor& d_out_, const at::Tensor& x_, const std::optional<at::Tensor>& bias,
                                                   c10::string_view kind) {
   const auto x = x_.contiguous(), d_out = d_out_.contiguous();
-  auto d_x = at::empty_like(x);
+  auto d_x = x.new_empty(x.sizes());
   const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
   const auto shift = columns(bias, width, 0.f);
   const RowBlocks blocks(rows);
-  const auto partial = at::zeros({blocks.count, static_cast<int64_t>(shift.size())}, x.options().dtype(at::kFloat));
+  const auto partial = x.new_zeros({blocks.count, static_cast<int64_t>(shift.size())}, at::kFloat);
   const auto k = kind_of(kind);
   if (x.scalar_type() == at::kBFloat16)
     backward<at::BFloat16>(d_x, partial, d_out, x, shift, blocks,

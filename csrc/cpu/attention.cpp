@@ -8,7 +8,7 @@
 // the backward recomputes the probabilities, so nothing but qkv is kept and dQ, dK, dV are summed in one fixed order
 // (bitwise the same for any number of threads). All sums are fp32.
 #include <ATen/Parallel.h>
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cmath>
 #include <cstdint>
@@ -213,7 +213,7 @@ at::Tensor attention_fwd(const at::Tensor& qkv, const std::optional<at::Tensor>&
                          double softmax_scale) {
   const auto s = shape_of(qkv, causal, softmax_scale);
   const auto x = qkv.contiguous();
-  auto out = at::empty({x.size(0), s.heads, s.dim}, x.options());
+  auto out = x.new_empty({x.size(0), s.heads, s.dim});
   forward({{}, x, out, false}, Sequences(cu_seqlens, max_seqlen, x.size(0)), s);
   return out;
 }
@@ -222,7 +222,7 @@ at::Tensor attention_bwd(const at::Tensor& d_out, const at::Tensor& qkv, const s
                          bool causal, double softmax_scale) {
   const auto s = shape_of(qkv, causal, softmax_scale);
   const auto x = qkv.contiguous();
-  auto d_qkv = at::empty_like(x);
+  auto d_qkv = x.new_empty(x.sizes());
   backward({{}, x, d_out.contiguous(), false}, {{}, d_qkv, {}, false}, Sequences(cu_seqlens, max_seqlen, x.size(0)), s);
   return d_qkv;
 }
@@ -231,7 +231,7 @@ at::Tensor pooled_attention_fwd(const at::Tensor& q, const at::Tensor& kv, const
                                 double softmax_scale) {
   const auto s = shape_of(kv, false, softmax_scale);
   const auto queries = q.contiguous(), keys = kv.contiguous();
-  auto out = at::empty_like(queries);
+  auto out = queries.new_empty(queries.sizes());
   forward({queries, keys, out, true}, Sequences(cu_seqlens, max_seqlen, keys.size(0)), s);
   return out;
 }
@@ -240,7 +240,7 @@ std::tuple<at::Tensor, at::Tensor> pooled_attention_bwd(const at::Tensor& d_out,
                                                         const std::optional<at::Tensor>& cu_seqlens, int64_t max_seqlen, double softmax_scale) {
   const auto s = shape_of(kv, false, softmax_scale);
   const auto queries = q.contiguous(), keys = kv.contiguous();
-  auto d_q = at::empty_like(queries), d_kv = at::empty_like(keys);
+  auto d_q = queries.new_empty(queries.sizes()), d_kv = keys.new_empty(keys.sizes());
   backward({queries, keys, d_out.contiguous(), true}, {d_q, d_kv, {}, true}, Sequences(cu_seqlens, max_seqlen, keys.size(0)), s);
   return {d_q, d_kv};
 }

@@ -5,7 +5,6 @@
 // logits and bfloat16 dz, where the processor has 16-bit products, and widened where it has none. Tiles are cut the same way and
 // summed in the same order whatever the number of threads, so the result does not depend on it. See
 // ops/contrastive_loss/reference.py for the maths.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -191,7 +190,7 @@ struct Problem {
   static at::Tensor padded(const at::Tensor& x) {
     const auto wide = x.to(c10::CppTypeToScalarType<T>::value);
     const int64_t missing = ceil_to(x.size(1), kDepth) - x.size(1);
-    return (missing ? at::constant_pad_nd(wide, {0, missing}) : wide).contiguous();
+    return (missing ? zero_padded(wide, missing) : wide).contiguous();
   }
 
   int64_t cols_of(int64_t col) const { return std::min(kCols, m - col); }
@@ -204,7 +203,7 @@ struct Problem {
   // Lays out columns [col, col + kCols) of text, transposed for the logits.
   void take_transposed(int64_t col) {
     const int64_t cols = cols_of(col), blocks = (cols + kBlock - 1) / kBlock, words = depth / kInterleaved<T>;
-    if (!transposed.defined()) transposed = at::empty({tile_cols(), depth}, text.options());
+    if (!transposed.defined()) transposed = text.new_empty({tile_cols(), depth});
     const T* rows = text.const_data_ptr<T>() + col * depth;
     auto* out = reinterpret_cast<float*>(transposed.mutable_data_ptr<T>());
     at::parallel_for(0, blocks, grain(blocks, 1), [&](int64_t begin, int64_t end) {
@@ -216,7 +215,7 @@ struct Problem {
   // Lays them out as they are, for d_image.
   void take_rows(int64_t col) {
     const int64_t cols = cols_of(col), width = padded_cols(col);
-    if (!blocked.defined()) blocked = at::empty({ceil_to(depth, kBlock), tile_cols()}, text.options());
+    if (!blocked.defined()) blocked = text.new_empty({ceil_to(depth, kBlock), tile_cols()});
     const T* rows = text.const_data_ptr<T>() + col * depth;
     T* as_is = blocked.mutable_data_ptr<T>();
     at::parallel_for(0, ceil_to(depth, kBlock) / kBlock, grain(depth, 1), [&](int64_t begin, int64_t end) {
@@ -243,7 +242,7 @@ struct Problem {
 
   // Scratch of `floats` elements for each thread, and this thread's part of it.
   at::Tensor scratch(int64_t elements, at::ScalarType type) const {
-    return at::empty({at::get_num_threads(), elements}, image.options().dtype(type));
+    return image.new_empty({at::get_num_threads(), elements}, type);
   }
 };
 
@@ -254,12 +253,12 @@ U* mine(at::Tensor& scratch) {
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(Problem<T> p) {
-  const auto options = p.image.options().dtype(at::kFloat);
-  auto positive = at::full({p.n}, std::numeric_limits<float>::quiet_NaN(), options);
-  auto row_max = at::full({p.n}, kNone, options), row_sum = at::zeros({p.n}, options);
+  const auto empty = [&](at::IntArrayRef sizes) { return p.image.new_empty(sizes, at::kFloat); };
+  auto positive = empty({p.n}).fill_(std::numeric_limits<float>::quiet_NaN());
+  auto row_max = empty({p.n}).fill_(kNone), row_sum = empty({p.n}).zero_();
   const int64_t width = p.tile_cols(), step = p.tile_rows(), tiles = (p.n + step - 1) / step;
-  auto col_max = at::empty({ceil_to(p.m, kBlock)}, options), col_sum = at::empty({ceil_to(p.m, kBlock)}, options);
-  auto part_max = at::empty({tiles, width}, options), part_sum = at::empty({tiles, width}, options);
+  auto col_max = empty({ceil_to(p.m, kBlock)}), col_sum = empty({ceil_to(p.m, kBlock)});
+  auto part_max = empty({tiles, width}), part_sum = empty({tiles, width});
   auto tile_scratch = p.scratch(step * (width + kPad), at::kFloat);
   auto at = [](at::Tensor& x, int64_t first) { return x.mutable_data_ptr<float>() + first; };
   for (int64_t col = 0; col < p.m; col += kCols) {
@@ -284,33 +283,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistic
 
 // What undoes a rounding, (2, count) sums before and after it; 1 where they cancel and say nothing.
 at::Tensor correction(const at::Tensor& sums) {
-  const auto ratio = sums[0] / sums[1];
-  return at::where((ratio - 1).abs_() <= 0x1p-8, ratio, 1.f).unsqueeze_(1);
+  const auto ratio = sums[0].div(sums[1]);
+  return ratio.masked_fill(ratio.sub(1).abs_().le(0x1p-8).logical_not_(), 1.f).unsqueeze_(1);
 }
 
 template <typename T>
 std::tuple<at::Tensor, at::Tensor> negative_gradients(Problem<T> p, const at::Tensor& row_lse, const at::Tensor& col_lse,
                                                       const at::Tensor& d_row_lse, const at::Tensor& d_col_lse) {
   constexpr bool kNarrow = !std::is_same_v<T, float>;
-  const auto options = p.image.options().dtype(at::kFloat);
+  const auto empty = [&](at::IntArrayRef sizes) { return p.image.new_empty(sizes, at::kFloat); };
   const int64_t width = p.tile_cols(), step = p.tile_rows();
   const int64_t groups = (p.n + kGroup - 1) / kGroup, group_rows = std::min(kGroup, ceil_to(p.n, step));
   const auto row = row_lse.contiguous(), d_row = d_row_lse.contiguous();
   const auto tail = ceil_to(p.m, kBlock) - p.m;  // a tile reads whole vectors of columns
-  const auto col = at::constant_pad_nd(col_lse, {0, tail}), d_col = at::constant_pad_nd(d_col_lse, {0, tail});
-  auto grad_image = at::empty({p.n, p.depth}, options), grad_text = at::empty({ceil_to(p.m, kBlock), p.depth}, options);
-  auto image_transposed = at::empty({groups, p.depth, group_rows}, p.image.options());
+  const auto col = zero_padded(col_lse, tail), d_col = zero_padded(d_col_lse, tail);
+  auto grad_image = empty({p.n, p.depth}), grad_text = empty({ceil_to(p.m, kBlock), p.depth});
+  auto image_transposed = p.image.new_empty({groups, p.depth, group_rows});
   const int64_t ld = width + kPad;
   auto tile_scratch = p.scratch(step * ld, at::kFloat);
   auto narrow_scratch = p.scratch(kNarrow ? step * ld : 0, p.image.scalar_type());
   auto column_scratch = p.scratch(p.depth * kBlock, at::kFloat);
-  auto d_logits = at::empty({width / kBlock, group_rows, kBlock}, p.image.options());  // of one group, blocked
+  auto d_logits = p.image.new_empty({width / kBlock, group_rows, kBlock});  // of one group, blocked
   const float *row_at = row.template const_data_ptr<float>(), *d_row_at = d_row.template const_data_ptr<float>();
   const float *col_at = col.template const_data_ptr<float>(), *d_col_at = d_col.template const_data_ptr<float>();
   float *grad_image_at = grad_image.template mutable_data_ptr<float>(), *grad_text_at = grad_text.template mutable_data_ptr<float>();
   const int64_t stride = group_rows * kBlock, group_tiles = group_rows / step;
-  auto row_sums = at::zeros({2, kNarrow ? p.n : 0}, options), col_sums = at::zeros({2, kNarrow ? ceil_to(p.m, kBlock) : 0}, options);
-  auto tile_sums = at::empty({2, kNarrow ? group_tiles : 0, width}, options);  // of columns, of the tiles of one group
+  auto row_sums = empty({2, kNarrow ? p.n : 0}).zero_(), col_sums = empty({2, kNarrow ? ceil_to(p.m, kBlock) : 0}).zero_();
+  auto tile_sums = empty({2, kNarrow ? group_tiles : 0, width});  // of columns, of the tiles of one group
   T* blocked = d_logits.template mutable_data_ptr<T>();
 
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
@@ -384,11 +383,11 @@ std::tuple<at::Tensor, at::Tensor> negative_gradients(Problem<T> p, const at::Te
 // The mean loss of n pairs and its gradients for image, text and scale, with all logits kept in between: 3 products.
 template <typename T>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mean_loss(Problem<T> p) {
-  const auto options = p.image.options().dtype(at::kFloat);
-  p.kept = at::empty({p.n, ceil_to(p.m, kBlock) + kPad}, options);
+  const auto empty = [&](at::IntArrayRef sizes) { return p.image.new_empty(sizes, at::kFloat); };
+  p.kept = empty({p.n, ceil_to(p.m, kBlock) + kPad});
   p.kept_rows = p.n;
   const auto [positive, row_max, row_log_sum, col_max, col_log_sum] = statistics(p);
-  auto lse = at::empty({2, p.n}, options), d_lse = at::empty({2, p.n}, options);
+  auto lse = empty({2, p.n}), d_lse = empty({2, p.n});
   std::vector<double> d_positive(p.n);
   const float* own = positive.template const_data_ptr<float>();
   double loss = 0;
@@ -409,7 +408,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mean_loss(Problem<T> 
   const T *image = p.image.template const_data_ptr<T>(), *text = p.text.template const_data_ptr<T>();
   const double d_scale = finish_gradient(grad_image.template mutable_data_ptr<float>(), image, text, d_positive.data(), p.scale, p.n, p.depth);
   finish_gradient(grad_text.template mutable_data_ptr<float>(), text, image, d_positive.data(), p.scale, p.n, p.depth);
-  return {at::scalar_tensor(loss, options), grad_image, grad_text, at::scalar_tensor(d_scale, options)};
+  return {empty({}).fill_(loss), grad_image, grad_text, empty({}).fill_(d_scale)};
 }
 
 // visit(T()) with the type that the products of such features are made in.

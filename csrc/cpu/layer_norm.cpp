@@ -143,8 +143,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_norm_fwd(const 
   const int64_t width = x.size(-1), rows = x.numel() / std::max<int64_t>(1, width);
   const auto w = columns(weight, width, 0.f), b = columns(bias, width, 0.f);
   const Norm n{width, static_cast<int64_t>(w.size()), static_cast<float>(eps), w.data(), b.data()};
-  auto out = at::empty_like(x), total = at::empty(residual ? x.sizes() : at::IntArrayRef({0}), x.options());
-  auto mean = at::empty({rows}, x.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+  auto out = x.new_empty(x.sizes()), total = x.new_empty(residual ? x.sizes() : at::IntArrayRef({0}));
+  auto mean = x.new_empty({rows}, at::kFloat), rstd = mean.new_empty(mean.sizes());
   const auto sums = residual ? std::optional<at::Tensor>(total) : std::nullopt;
   if (x.scalar_type() == at::kBFloat16)
     forward<at::BFloat16>(out, sums, mean, rstd, x, residual, n);
@@ -163,8 +163,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_bwd(const at::Tensor& 
   const auto w = columns(weight, width, 0.f);
   const Norm n{width, static_cast<int64_t>(w.size()), 0.f, w.data(), nullptr};
   const RowBlocks blocks(mean.numel());
-  auto d_x = at::empty_like(x);
-  const auto partial = at::zeros({blocks.count, 2, n.padded}, mean.options());
+  auto d_x = x.new_empty(x.sizes());
+  const auto partial = mean.new_zeros({blocks.count, 2, n.padded});
   if (x.scalar_type() == at::kBFloat16)
     backward<at::BFloat16>(d_x, partial, d_out, d_total, x, mean, rstd, blocks, n);
   else

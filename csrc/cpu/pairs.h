@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>  // methods alone: the headers of at::empty and its like take 5 s of every file
 
 #include <numeric>
 #include <vector>
@@ -12,6 +13,15 @@ namespace fastclip {
 
 // Whether waking the other threads costs more than they do, for n x m logits of D products.
 inline bool is_tiny(int64_t n, int64_t m, int64_t depth) { return n * m * depth <= 1 << 20; }
+
+// x with `count` zeros behind its last dimension.
+inline at::Tensor zero_padded(const at::Tensor& x, int64_t count) {
+  auto sizes = x.sizes().vec();
+  sizes.back() += count;
+  auto out = x.new_zeros(sizes);
+  out.narrow(-1, 0, x.size(-1)).copy_(x);
+  return out;
+}
 
 template <typename T>
 FASTCLIP_INLINE float dot(const T* a, const T* b, int64_t depth) {

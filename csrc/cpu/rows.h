@@ -1,8 +1,8 @@
 // What the row-wise ops share: rows as padded fp32 in a thread's cache, and sums over rows in a fixed order.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <optional>

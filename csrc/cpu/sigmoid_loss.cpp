@@ -5,7 +5,6 @@
 // blocks visited in the same order whatever the number of threads, so the result does not depend on it. bfloat16 features
 // are multiplied as they are, with fp32 logits and bfloat16 dz, where the processor has 16-bit products, and widened where it
 // has none. See ops/sigmoid_loss/reference.py for the maths.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -108,7 +107,7 @@ template <typename T>
 at::Tensor as(const at::Tensor& x) {
   const int64_t missing = ceil_to(x.size(1), kLanes * kInterleaved<T>) - x.size(1);
   const auto wide = x.detach().to(c10::CppTypeToScalarType<T>::value);
-  return (missing != 0 ? at::constant_pad_nd(wide, {0, missing}) : wide).contiguous();
+  return (missing != 0 ? zero_padded(wide, missing) : wide).contiguous();
 }
 
 at::Tensor ids(const std::optional<at::Tensor>& x) { return x.has_value() ? x->contiguous() : at::Tensor(); }
@@ -136,18 +135,17 @@ struct Problem {
     ld = width + kLanes;  // so that rows fall on different cache sets
     in_parallel = !is_tiny(n, m, depth);
     step = n <= 64 ? 32 : n <= 256 ? kBlock : 128;
-    const auto options = image.options().dtype(at::kFloat), narrow = image.options();
-    loss = at::zeros({n}, options);
-    logits = at::empty({height, ld}, options);
-    text_transposed = at::empty({width, depth}, narrow);
+    loss = image.new_zeros({n}, at::kFloat);
+    logits = image.new_empty({height, ld}, at::kFloat);
+    text_transposed = image.new_empty({width, depth});
     if (!row_weights.defined()) return;
     weights = row_weights.detach().to(at::kFloat).contiguous();
-    d_logits = at::zeros({n}, options);
-    grad_image = at::zeros({n, depth}, options);
-    grad_text = at::zeros({m, depth}, options);
-    dz = sizeof(T) == sizeof(float) ? logits : at::empty({height, ld}, narrow);
-    text_blocked = at::empty({ceil_to(depth, kBlock), width}, narrow);
-    image_blocked = at::empty({ceil_to(depth, kBlock), even(height)}, narrow);
+    d_logits = image.new_zeros({n}, at::kFloat);
+    grad_image = image.new_zeros({n, depth}, at::kFloat);
+    grad_text = image.new_zeros({m, depth}, at::kFloat);
+    dz = sizeof(T) == sizeof(float) ? logits : image.new_empty({height, ld});
+    text_blocked = image.new_empty({ceil_to(depth, kBlock), width});
+    image_blocked = image.new_empty({ceil_to(depth, kBlock), even(height)});
   }
 
   void run() {
@@ -238,7 +236,7 @@ struct Problem {
     }
     const double d_scale = finish_gradient(data<float>(grad_image, 0), own_image, own_text, d_own.data(), scale, n, depth);
     finish_gradient(data<float>(grad_text, 0), own_text, own_image, d_own.data(), scale, n, depth);
-    const auto scalar = [&](double x) { return at::scalar_tensor(x, loss.options()); };
+    const auto scalar = [&](double x) { return loss.new_full({}, x); };
     return {scalar(total), grad_image, grad_text, scalar(d_scale), scalar(d_bias)};
   }
 
@@ -281,7 +279,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
                                                                                          const at::Tensor& logit_scale,
                                                                                          const at::Tensor& logit_bias) {
   const int64_t n = image_features.size(0);
-  const auto weights = at::full({n}, 1.0 / n, image_features.options().dtype(at::kFloat));
+  const auto weights = image_features.new_full({n}, 1.0 / n, at::kFloat);
   return with_type(image_features, [&](auto type) {
     Problem<decltype(type)> problem(image_features, text_features, logit_scale, logit_bias, std::nullopt, std::nullopt, 0, weights);
     const auto [loss, grad_image, grad_text, d_scale, d_bias] = problem.mean();
