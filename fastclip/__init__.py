@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         CoCaLoss,
         DistillClipLoss,
         SigLipLoss,
+        caption_loss,
         contrastive_loss,
         sigmoid_loss,
     )
@@ -33,6 +34,7 @@ _ROOMS = {
     "GradCache": "grad_cache",
     "SigLipLoss": "losses",
     "attention": "ops.attention",
+    "caption_loss": "losses",
     "contrastive_loss": "losses",
     "create_model": "models",
     "create_model_and_transforms": "interop.open_clip",
@@ -50,6 +52,7 @@ __all__ = [
     "SigLipLoss",
     "__version__",
     "attention",
+    "caption_loss",
     "contrastive_loss",
     "create_model",
     "create_model_and_transforms",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from fastclip.losses import small
+from fastclip.training.processes import Processes, start_processes, stop_processes
 
 SKIPS = Path(__file__).parent / "skips.txt"
 IN_CI = bool(os.environ.get("CI"))
@@ -59,6 +62,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """As it was: a run in this process leaves its rank in it, by which other libraries go."""
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """This one, as the only rank."""
+    with patch.dict(os.environ):
+        yield start_processes()
+        stop_processes()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from fastclip.models import CLIP, create_model, load_checkpoint
 from fastclip.training.config import TrainConfig
 from fastclip.training.optim import parameter_groups
 from fastclip.training.plan import Machine, memory, step_time
-from fastclip.training.processes import start_processes
+from fastclip.training.processes import Processes
 from fastclip.training.start import prepare
 
 MODEL, WEIGHT = "coca_debug", 2.0
@@ -62,8 +62,7 @@ def test_a_run_and_its_files(tmp_path: Path) -> None:
     assert "text_decoder.cross_attn.1.attn.in_proj_weight" in loaded.model.state_dict()
 
 
-def test_mistakes() -> None:
-    processes = start_processes()
+def test_mistakes(processes: Processes) -> None:
     with pytest.raises(UserError, match="model ViT-B-32 has no decoder for caption_weight to train: take coca"):
         prepare(TrainConfig(caption_weight=1.0), processes)
     with pytest.raises(UserError, match="model coca_debug has a decoder, which nothing trains: give caption_weight"):

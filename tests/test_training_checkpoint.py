@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,12 @@ from fastclip.models import get_config, load_checkpoint
 from fastclip.training import step_folder
 from fastclip.training.checkpoint import Checkpoints, find_checkpoint
 from fastclip.training.config import TrainConfig
-from fastclip.training.processes import Processes, start_processes, stop_processes
+from fastclip.training.processes import Processes
 from fastclip.training.step_folder import clean, write_atomically
 from fastclip.training.torch_engine import TorchEngine
 from fastclip.training.watchdog import Watchdog
 
 IDENTITY = {"engine": "torch", "world_size": 1}
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    yield start_processes()
-    stop_processes()
 
 
 @pytest.fixture(scope="module")

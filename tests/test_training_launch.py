@@ -111,6 +111,7 @@ def test_deepspeed_command(data: Path, tmp_path: Path, curve: list[float]) -> No
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_the_demo_at_half_its_chunk_size(tmp_path: Path) -> None:
     """The demo's own model, data, batch and Muon under the launcher: one curve in fp32."""
     data = tmp_path / "data"

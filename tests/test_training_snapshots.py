@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from fastclip.training.checkpoint import NotSaved
 from fastclip.training.config import TrainConfig
 from fastclip.training.loop import train
 from fastclip.training.mapped import MappedWriter, read_mapped
-from fastclip.training.processes import Processes, start_processes, stop_processes
+from fastclip.training.processes import Processes
 from fastclip.training.snapshots import Snapshots
 from fastclip.training.torch_engine import TorchEngine
 
@@ -70,12 +69,6 @@ def assert_same(found: Any, truth: Any) -> None:
             assert_same(one, other)
     else:
         assert found == truth
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    yield start_processes()
-    stop_processes()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ class CLIP(TextTower):
         As open_clip returns them. The scale is exponentiated, at most 100 (its gradient is zero above); scale and bias
         are 0-dim and at least fp32. The features of an absent input are None; with `output_dict` their key is left out.
         A model with a decoder, given both, adds caption_losses (B,), -log p of each caption's tokens, summed, and
-        caption_tokens (B,), how many those are: `fastclip.losses.caption_loss` takes them.
+        caption_tokens (B,), how many those are: `caption_loss` takes them.
         """
         captions: dict[str, Tensor] = {}
         image_features: Tensor | None
