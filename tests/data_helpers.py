@@ -6,13 +6,15 @@ import io
 import json
 import os
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastclip.data import Tokenizer, train_tokenizer, write_shard
+from fastclip.data import Loader, Tokenizer, train_tokenizer, write_shard
+from fastclip.data.loader import Batch
 
 WORDS = ("red", "green", "blue", "circle", "square", "on", "a", "table")
 
@@ -61,3 +63,12 @@ def add(tar: tarfile.TarFile, name: str, content: bytes = b"", kind: bytes = tar
 def small_tokenizer(directory: Path, context_length: int = 16) -> Tokenizer:
     """A tokenizer that knows WORDS."""
     return train_tokenizer([" ".join(WORDS)] * 3, directory / "tokenizer.json", 600, context_length)
+
+
+def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
+    """Batches from step `start` on."""
+    batches = loader.batches(start)
+    try:
+        return list(islice(batches, count))
+    finally:
+        batches.close()

@@ -13,7 +13,6 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from data_helpers import image_file, small_tokenizer, write_samples
+from data_helpers import image_file, small_tokenizer, take, write_samples
 from PIL import Image
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -118,14 +117,6 @@ def make(data: Path, decode: Any = decode, **choices: Any) -> Loader:
     asked: dict[str, Any] = {"image_size": 48, "global_batch": 6, "workers": 0} | choices
     given = DataOptions(crop_scale=SCALE, crop_ratio=RATIO, decoder=DeviceDecoder(CPU, decode) if decode else None)
     return Loader(data, small_tokenizer(data.parent), **{"options": given} | asked)
-
-
-def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
-    batches = loader.batches(start)
-    try:
-        return list(islice(batches, count))
-    finally:
-        batches.close()
 
 
 def assert_close(found: list[Batch], wanted: list[Batch]) -> None:

@@ -8,13 +8,12 @@ import os
 import pickle
 import signal
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_helpers import image_file, sample, small_tokenizer, write_samples
+from data_helpers import image_file, sample, small_tokenizer, take, write_samples
 
 from fastclip.data import EvalSet, Loader, Tokenizer, write_shard
 from fastclip.data.loader import Batch
@@ -39,14 +38,6 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 def make(data: Path, tokenizer: Tokenizer, **options: Any) -> Loader:
     return Loader(data, tokenizer, **({"image_size": 8, "global_batch": 6, "workers": 0} | options))
-
-
-def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
-    batches = loader.batches(start)
-    try:
-        return list(islice(batches, count))
-    finally:
-        batches.close()
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:

@@ -14,7 +14,7 @@ from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, create_model, load_checkpoint
 from fastclip.training.config import TrainConfig
-from fastclip.training.optim import parameter_groups
+from fastclip.training.optim import lock_towers, parameter_groups
 from fastclip.training.plan import Machine, memory, step_time
 from fastclip.training.processes import Processes
 from fastclip.training.start import prepare
@@ -74,9 +74,12 @@ def test_mistakes(processes: Processes) -> None:
         TrainConfig(model=MODEL, caption_weight=1.0, hard_negatives=True)
 
 
-def test_a_locked_tower_leaves_the_decoder_in_training() -> None:
+def test_the_decoder_is_of_neither_tower() -> None:
     config = TrainConfig(model=MODEL, caption_weight=1.0, text_lr=1e-5, lr=1e-3)
-    model = coca()
+    locked, model = coca(), coca()
+    lock_towers(locked, TrainConfig(lock_image=True, lock_text=True))
+    trained = {name.partition(".")[0] for name, p in locked.named_parameters() if p.requires_grad}
+    assert trained == {"text_decoder", "logit_scale"}
     rates = {p: group["lr"] for group in parameter_groups(model, config) for p in group["params"]}
     assert {rates[p] for p in model.text_decoder.parameters()} == {1e-3}
     assert {rates[p] for p in model.transformer.parameters()} == {1e-5}

@@ -114,10 +114,10 @@ class CLIP(TextTower):
 
     def _captioned(self, image: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Features of both, of unit length, and what the decoder says of the captions."""
-        image_features, image_tokens = self.visual(self._checked(image), with_tokens=True)
-        text_features, text_tokens = self.text_features_and_tokens(ids)
         if len(image) != len(ids):
             raise ValueError(f"text must have a caption for each of the {len(image)} images, has {len(ids)}")
+        image_features, image_tokens = self.visual(self._checked(image), with_tokens=True)
+        text_features, text_tokens = self.text_features_and_tokens(ids)
         pad_id = self.config.text.pad_id
         targets, kept = next_tokens(ids, pad_id)
         losses = self.text_decoder(text_tokens[:, :-1][kept], targets, image_tokens, pad_id)
