@@ -40,13 +40,14 @@ EDITS_LEARN_FROM = 2000  # samples
 class Loader:
     """Batches of one rank, by step: `loader[step]`, or a prefetched stream of them, `loader.batches(start_step)`.
 
-    A batch is {"image": uint8 (B, 3, S, S), "text": int64 (B, context_length), "keys": list[str], "epoch": int} with
-    B = global_batch / world_size; with `hard_negatives` also "negative_text", like "text": captions that are false for
-    their image (see `edits`); with `options.arrays` also those. A sample that cannot be used is replaced by the next of
-    its stream, the same place of the next global batch (or by one that the epoch leaves out), and counted by cause in
-    `skipped` (truncated_caption counts captions cut to the context length, which are used). `seen` counts samples by
-    source. Rank 0 also counts what the shards' scan left out, so the sum over ranks is right. With `options.decoder`
-    "image" lies on its device.
+    A batch is {"image": uint8 (B, 3, S, S), "text": int64 (B, context_length), "index": int64 (B,), "keys": list[str],
+    "epoch": int} with B = global_batch / world_size and index the number of each sample in all of the data, below
+    `data_size`; with `hard_negatives` also "negative_text", like "text": captions that are false for their image (see
+    `edits`); with `options.arrays` also those. A sample that cannot be used is replaced by the next of its stream, the
+    same place of the next global batch (or by one that the epoch leaves out), and counted by cause in `skipped`
+    (truncated_caption counts captions cut to the context length, which are used). `seen` counts samples by source. Rank
+    0 also counts what the shards' scan left out, so the sum over ranks is right. With `options.decoder` "image" lies on
+    its device.
 
     `data`: see `sources.make_sources`. Errors: `FileNotFoundError`; `ValueError` for data without samples, fewer of
     them than `global_batch`, or arguments out of range.
@@ -81,6 +82,7 @@ class Loader:
         self.image_size, self.global_batch, self.options = image_size, global_batch, options
         self.rank, self.world_size, self.seed, self.workers = rank, world_size, seed, workers
         self._counts = np.concatenate([source.counts for source in self.sources])
+        self._starts = np.cumsum(self._counts) - self._counts  # the first sample of each shard
         self._firsts = np.cumsum([0] + [len(source.counts) for source in self.sources])  # shard of each source
         self.order = self._make_order()
         self.faults = Faults(options.strict, options.max_broken)
@@ -140,6 +142,11 @@ class Loader:
     def num_samples(self) -> int:
         """Samples in an epoch."""
         return self.order.num_samples
+
+    @property
+    def data_size(self) -> int:
+        """Samples in all of the data, of which an epoch may hold more or fewer."""
+        return int(self._counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -247,6 +254,7 @@ class Loader:
             epoch,
             names,
             owners.tolist(),
+            self._starts[shards].tolist(),
             inverse.reshape(wanted.shape),
             places.number.reshape(wanted.shape),
             wanted[0] if self.options.resampled or self.options.upsampling else None,

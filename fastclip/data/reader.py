@@ -27,14 +27,15 @@ class Job:
     """The samples of one rank's batch, and what may stand in for those that are broken.
 
     `shard` and `number` are int64 (1 + spares, B): row 0 the batch, the others its replacements; a shard is a place in
-    `names` and `sources`. `occurrence` int64 (B,) tells apart the occurrences of one sample in an epoch, None where
-    there is only one.
+    `names`, `sources` and `firsts`, the number that its first sample has in all of the data. `occurrence` int64 (B,)
+    tells apart the occurrences of one sample in an epoch, None where there is only one.
     """
 
     step: int
     epoch: int
     names: list[str]
     sources: list[int]
+    firsts: list[int]
     shard: np.ndarray
     number: np.ndarray
     occurrence: np.ndarray | None
@@ -45,6 +46,7 @@ class _Loaded(NamedTuple):
     image: np.ndarray | JpegCrop
     caption: str
     arrays: list[np.ndarray]
+    number: int = 0  # in all of the data
 
 
 @dataclass
@@ -88,7 +90,8 @@ class BatchReader:
         keys, captions = [sample.key for sample in loaded], [sample.caption for sample in loaded]
         text, cut = self.tokenizer.batch(captions)
         tally.counts["truncated_caption"] += cut
-        batch = {"image": images, "text": text, "keys": keys, "epoch": job.epoch}
+        index = torch.tensor([sample.number for sample in loaded])
+        batch = {"image": images, "text": text, "index": index, "keys": keys, "epoch": job.epoch}
         if self.leaves_jpegs:  # a view would travel with all of its memory
             batch |= {"image": images[: size - len(crops)].clone(), "encoded": packed(crops)}
         for number, suffix in enumerate(self.arrays):
@@ -114,7 +117,8 @@ class BatchReader:
             tried.add((shard, number))
             occurrence = None if job.occurrence is None else int(job.occurrence[place])
             try:
-                return self._load(job.sources[shard], job.names[shard], number, job.epoch, occurrence, tally)
+                sample = self._load(job.sources[shard], job.names[shard], number, job.epoch, occurrence, tally)
+                return sample._replace(number=job.firsts[shard] + number)
             except BrokenSample as error:
                 tally.replaced += attempt == 0
                 detail = f" ({error.detail})" if error.detail else ""

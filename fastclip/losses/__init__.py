@@ -1,13 +1,15 @@
 """The losses people train with: functions and modules over the operators in `fastclip.ops` and a process group.
 
 Reading order: `contrastive` (the function), `clip` (open_clip's module over it), `sigmoid` and `siglip` (the same for
-SigLIP), `coca` and `distill` (open_clip's two over `clip`), `checks`, `ranks`.
+SigLIP), `coca` and `distill` (open_clip's two over `clip`), `global_contrastive` (all of a data set as negatives),
+`checks`, `ranks`.
 """
 
 from fastclip.losses.clip import ClipLoss
 from fastclip.losses.coca import CoCaLoss, caption_loss
 from fastclip.losses.contrastive import ContrastiveStats, contrastive_loss
 from fastclip.losses.distill import DistillClipLoss
+from fastclip.losses.global_contrastive import GlobalContrastiveLoss
 from fastclip.losses.siglip import SigLipLoss
 from fastclip.losses.sigmoid import sigmoid_loss
 
@@ -16,6 +18,7 @@ __all__ = [
     "CoCaLoss",
     "ContrastiveStats",
     "DistillClipLoss",
+    "GlobalContrastiveLoss",
     "SigLipLoss",
     "caption_loss",
     "contrastive_loss",

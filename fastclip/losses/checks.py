@@ -116,6 +116,20 @@ def check_contrastive(
     return faults
 
 
+def check_index(index: Tensor, image_features: Tensor, samples: int) -> dict[str, Tensor]:
+    """The number of each image's sample in a data set; returns as `check_contrastive`."""
+    _check_vector("index", index, image_features.shape[0], image_features.device, torch.int64)
+    faults = {
+        "index has values that number no sample, must be at least 0 and below `samples`": (
+            (index < 0) | (index >= samples)
+        ).any()
+    }
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        _raise_faults(faults)
+        return {}
+    return faults
+
+
 def _check_groups(
     group_ids: Any, n: int, m: int, has_labels: bool, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ runs/x/checkpoints/step_00000500/manifest.json  what the folder holds, with the 
                                  model.safetensors, open_clip_config.json, tokenizer.json: a model to use anywhere
                                  data.json      where the loader and the run stood
                                  ema/           the moving average of the weights, a model like the one above
-                                 state/         what the engine needs to go on, bit for bit
+                                 state/         what the engine, and a loss with a memory, needs to go on, bit for bit
                                  optimizer.safetensors   the same of its optimizer by parameter name, for other layouts
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastclip.data import Tokenizer
 from fastclip.errors import UserError, in_a_line
+from fastclip.losses.normalisers import Normalisers
 from fastclip.models import resolve_checkpoint
 from fastclip.models.checkpoint import LATEST, STEPS, WEIGHTS, save_model
 from fastclip.models.config import CLIPConfig
@@ -100,10 +101,12 @@ class Checkpoints:
         loader: dict[str, Any],
         progress: dict[str, Any],
         average: Mapping[str, Tensor] | None = None,
+        normalisers: Tensor | None = None,
     ) -> Path:
         """Writes the folder of `step`, which is safe on disk when this returns, or in the background when `wait` does.
 
         average: the first rank's moving average of the weights, if the run keeps one.
+        normalisers: this rank's part of them, if the loss has any.
         Raises NotSaved on every rank if one cannot write, or could not the last time.
         """
         self.wait()
@@ -116,6 +119,8 @@ class Checkpoints:
         with self._failing_together():
             engine.save_state(aside / STATE)
             torch.save(random_states(), aside / STATE / f"random_{self.processes.rank}.pt")
+            if normalisers is not None:
+                torch.save(normalisers.cpu().clone(), normalisers_file(aside, self.processes.rank))
         weights = engine.full_state_dict()
         moments = engine.optimizer_state() if self.is_portable else None
         models = {"": weights} | ({EMA: {k: v.clone() for k, v in average.items()}} if average else {})
@@ -256,6 +261,27 @@ class Checkpoints:
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
+
+    def load_normalisers(self, saved: Saved, normalisers: Normalisers) -> None:
+        """Puts this rank's part back, from those of all ranks of `saved`; there may have been another number of them.
+
+        Raises UserError where it has none, of a run without that loss.
+        """
+        own = normalisers_file(saved.folder, self.processes.rank)
+        if own.is_file() and not saved.moved:
+            read = read_mapped if saved.is_snapshot else torch.load
+            normalisers.load_own(read(own, weights_only=True))
+            return
+        count = len(list((saved.folder / STATE).glob(normalisers_file(saved.folder, "*").name)))
+        if not count:
+            raise UserError(f"checkpoint {saved.folder} is of a run without --global-weight, which needs a new run")
+        files = (normalisers_file(saved.folder, rank) for rank in range(count))
+        normalisers.load_parts([torch.load(file, weights_only=True, mmap=True) for file in files])
+
+
+def normalisers_file(folder: Path, rank: int | str) -> Path:
+    """Where a step folder or a snapshot has a rank's part."""
+    return folder / STATE / f"normalisers_{rank}.pt"
 
 
 def find_checkpoint(resume: str, run: Path) -> Path | None:

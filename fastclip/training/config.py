@@ -141,6 +141,15 @@ class TrainConfig:
     """Steps between two updates of that average: each gathers the weights."""
     contrastive_weight: float = 1.0
     """Of the contrastive loss in the sum of losses."""
+    global_weight: float = 0.0
+    """Of the global contrastive loss in the sum (SogCLR, Yuan et al. 2022; FastCLIP, Wei et al. 2024): all pairs of the
+    data are negatives, by what earlier batches showed of each; for small batches, in place of the contrastive loss."""
+    global_gamma: float = 0.2
+    """The share of a batch in what is remembered of its pairs."""
+    global_gamma_epochs: int = 0
+    """Epochs in which that share goes down from 1 along half a cosine; FastCLIP takes half of a run's."""
+    global_rho: float = 0.0
+    """Above 0 the loss is FastCLIP-v3's, whose learned temperature this holds up (6.5 for CC3M); 0: its v0's."""
     sigmoid_weight: float = 0.0
     """Of the sigmoid loss (SigLIP, Zhai et al. 2023) in the sum; above 0 the model has a logit_bias."""
     caption_weight: float = 0.0
@@ -233,6 +242,8 @@ class TrainConfig:
             "muon_lr": 0,
             "weight_decay": 0,
             "ema_every": 1,
+            "global_gamma_epochs": 0,
+            "global_rho": 0,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -246,8 +257,11 @@ class TrainConfig:
             raise UserError("spike goes back to a checkpoint, of which there is none before the end: set save_every")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema must be at least 0 and below 1, was {self.ema}")
-        if not self.contrastive_weight + self.sigmoid_weight + self.caption_weight + self.distill_weight:
+        weights = (self.contrastive_weight, self.global_weight, self.sigmoid_weight, self.caption_weight)
+        if not any((*weights, self.distill_weight)):
             raise UserError("the weights of all losses are 0, one must be above")
+        if not 0 < self.global_gamma <= 1:
+            raise UserError(f"global_gamma must be above 0 and at most 1, was {self.global_gamma}")
         if self.hard_negatives and self.sigmoid_weight:
             raise UserError("hard_negatives are texts without an image, which the sigmoid loss cannot take: leave one")
         if self.hard_negatives and self.caption_weight:

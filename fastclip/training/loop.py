@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fastclip.data import normalize_image
 from fastclip.data.loader import Batch
 from fastclip.grad_cache import GradCache
-from fastclip.losses import DistillClipLoss, caption_loss, contrastive_loss, sigmoid_loss
 from fastclip.models import CLIPConfig
 from fastclip.training.average import WeightAverage
 from fastclip.training.checkpoint import NotSaved, find_checkpoint
 from fastclip.training.config import TrainConfig
 from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
+from fastclip.training.loss import Loss
 from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, of_all_ranks, over_ranks
 from fastclip.training.processes import Processes, give_back_memory
 from fastclip.training.quarantine import Quarantine
@@ -33,6 +32,7 @@ from fastclip.training.start import TEACHER, Start, prepare
 from fastclip.training.watchdog import Watchdog, watched
 
 STEPS_BETWEEN_TRIMS = 50
+BESIDE = (*TEACHER, "index")  # of a batch, what the loss is given beside the features
 
 
 def train(config: TrainConfig, processes: Processes, request: Request | None = None) -> Path:
@@ -72,7 +72,9 @@ class Trainer:
         if self.config.ema:
             begun = start.checkpoints.average(start.resumed) if start.resumed else None
             self.average = WeightAverage(self.config.ema, self.config.ema_every, self.engine, processes, begun)
-        self.loss = Loss(self.config, processes)
+        self.loss = Loss(self.config, processes, start.loader.data_size)
+        if start.resumed and self.loss.normalisers:
+            start.checkpoints.load_normalisers(start.resumed, self.loss.normalisers)
         self.grad_cache = build_grad_cache(self.config, start.model_config, self.engine, processes, self.loss)
         self.metrics: Metrics | None = None
         if processes.is_first:
@@ -105,8 +107,9 @@ class Trainer:
                 self.watchdog.at(f"step {self.step + 1}", has_begun)
                 factor = lr_factor(config.schedule, self.step, config.warmup, progress, config.cooldown, config.steps)
                 inputs = {name: batch[name] for name in ("image", "text", "negative_text") if name in batch}
-                teacher = {name: batch[name].to(self.processes.device) for name in TEACHER if name in batch}
-                loss = self.grad_cache.step({"clip": inputs}, **teacher)
+                beside = {name: batch[name].to(self.processes.device) for name in BESIDE if name in batch}
+                self.loss.begin(batch["epoch"])
+                loss = self.grad_cache.step({"clip": inputs}, **beside)
                 result = self.engine.step(factor)
                 self.step += 1
                 self.skipped_steps += result.skipped
@@ -173,7 +176,7 @@ class Trainer:
             self.clock.waited += time.perf_counter() - waiting
 
     def _roll_back(self, loss: float, grad_norm: float, keys: list[str]) -> None:
-        """Weights and optimizer of the last checkpoint; the data and the schedule go on behind the spike."""
+        """Weights, optimizer and the loss's memory of the last checkpoint; data and schedule go on behind the spike."""
         self.watchdog.at(f"the way back from step {self.step}", is_limited=False)
         self.quarantine.record(self.step, loss, grad_norm, keys, is_finite=True)
         self.start.checkpoints.wait()
@@ -182,6 +185,8 @@ class Trainer:
             saved = self.start.checkpoints.check(folder) if folder else None
         if saved:
             self.start.checkpoints.load(saved, self.engine)
+            if self.loss.normalisers:
+                self.start.checkpoints.load_normalisers(saved, self.loss.normalisers)
             if self.average:
                 self.average.restart(self.start.checkpoints.average(saved))
         if self.processes.is_first:
@@ -226,14 +231,14 @@ class Trainer:
         self.saved_at = -1
         with self.clock.stopped():
             loader = of_all_ranks(self.start.loader.state_dict(self.step), self.processes)
-            self.start.checkpoints.save(self.step, self.engine, loader, self._progress(), self._average())
+            self.start.checkpoints.save(self.step, self.engine, loader, self._progress(), self._average(), self._part())
         self.saved_at = self.step
 
     def _snapshot(self) -> None:
         self.watchdog.at(f"the snapshot of step {self.step}", is_limited=False)
         with self.clock.stopped():
             loader = self.start.loader.state_dict(self.step)
-            self.start.snapshots.save(self.step, self.engine, loader, self._progress(), self._average())
+            self.start.snapshots.save(self.step, self.engine, loader, self._progress(), self._average(), self._part())
 
     def _progress(self) -> dict[str, Any]:
         return {"elapsed": self.clock.elapsed(), "skipped_steps": self.skipped_steps}
@@ -241,56 +246,8 @@ class Trainer:
     def _average(self) -> dict[str, Tensor] | None:
         return self.average.weights if self.average else None
 
-
-class Loss:
-    """The weighted sum of the losses over all ranks, remembering what it saw."""
-
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self.config, self.group = config, processes.group
-        self.distill = DistillClipLoss(
-            local_loss=True,
-            gather_with_grad=True,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            group=processes.group,
-        )
-        self.logit_scale = torch.tensor(float("nan"))
-        self.is_finite = torch.tensor(True)  # this rank's features, the last time
-
-    def __call__(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        negative_text_features: Tensor | None = None,
-        caption_losses: Tensor | None = None,
-        caption_tokens: Tensor | None = None,
-        teacher_image: Tensor | None = None,
-        teacher_text: Tensor | None = None,
-    ) -> Tensor:
-        """The loss, with the features of further texts that are no image's as negatives of all images, what a decoder
-        says of the captions, and the features of a teacher."""
-        config, group = self.config, self.group
-        self.logit_scale = logit_scale.detach()
-        self.is_finite = image_features.detach().isfinite().all() & text_features.detach().isfinite().all()
-        total = logit_scale.new_zeros(())
-        if config.sigmoid_weight:
-            bias = logit_scale.new_zeros(()) if logit_bias is None else logit_bias
-            total = config.sigmoid_weight * sigmoid_loss(image_features, text_features, logit_scale, bias, group=group)
-        if caption_losses is not None and caption_tokens is not None:
-            total = total + config.caption_weight * caption_loss(caption_losses, caption_tokens, group)
-        if config.distill_weight:
-            teacher = (normalize(x.float(), dim=-1) for x in (teacher_image, teacher_text) if x is not None)
-            scale = logit_scale.new_tensor(config.distill_scale)
-            _, distilled = self.distill(image_features, text_features, logit_scale, *teacher, scale)
-            total = total + config.distill_weight * distilled
-        if negative_text_features is not None:
-            text_features = torch.cat((text_features, negative_text_features))
-        if config.contrastive_weight:
-            loss = contrastive_loss(image_features, text_features, logit_scale, group=group, impl=config.loss_impl)
-            total = total + config.contrastive_weight * loss
-        return total
+    def _part(self) -> Tensor | None:
+        return self.loss.normalisers.part() if self.loss.normalisers else None
 
 
 def build_grad_cache(

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fastclip.models.config import CLIPConfig
-from fastclip.training.checkpoint import AVERAGE, STATE, NotSaved, Saved, random_states
+from fastclip.training.checkpoint import AVERAGE, STATE, NotSaved, Saved, normalisers_file, random_states
 from fastclip.training.engine import Engine
 from fastclip.training.mapped import MappedWriter
 from fastclip.training.metrics import of_all_ranks
@@ -46,6 +46,7 @@ class Snapshots:
         loader: dict[str, Any],
         progress: dict[str, Any],
         average: Mapping[str, Tensor] | None = None,
+        normalisers: Tensor | None = None,
     ) -> None:
         """Whole once every rank has returned; what is `loader`'s own on each rank is added up when it is taken up.
 
@@ -63,6 +64,8 @@ class Snapshots:
         try:
             engine.save_state(slot / STATE, self._write)  # in which ranks wait for each other
             self._write(random_states(), slot / STATE / f"random_{self.processes.rank}.pt")
+            if normalisers is not None:
+                self._write(normalisers, normalisers_file(slot, self.processes.rank))
             if average:
                 self._write(dict(average), slot / AVERAGE)
             record = {"step": step, "identity": self.identity, "boot": _boot(), "loader": loader, "progress": progress}
