@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import rows
+from benchmarks import machine, rows
 from benchmarks.base import prepare
 from benchmarks.case import Case, Problem
 from benchmarks.cases import CASES
-from benchmarks.harness import DeviceLost, Run, measure
+from benchmarks.harness import DeviceLost, Measurement, Run
 from fastclip.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 RECORDED = RESULTS / "quick.csv"
 SLOWER = 0.8  # a ratio below this part of the recorded one is reported
 SECONDS, QUICK_SECONDS = 6.0, 0.5  # of rounds for each problem
+LEAST_ROUNDS = 5  # of a problem that is refined, before the others get more
 LOST = 3  # exit status: the GPU's context is dead, a new process may go on
 
 
@@ -41,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds; compares with the recorded ratios")
     parser.add_argument("--recorded", type=Path, default=RECORDED, help="what --quick compares with")
     parser.add_argument("--time-budget", type=float, metavar="S", help="begin no problem after S seconds")
-    parser.add_argument("--seconds", type=float, help=f"of rounds a problem ({SECONDS:g}; quick {QUICK_SECONDS})")
+    parser.add_argument("--refine", action="store_true", help="spend what is left of it on more rounds of each problem")
+    parser.add_argument("--seconds", type=float, help=f"of rounds at a time ({SECONDS:g}; quick {QUICK_SECONDS})")
     parser.add_argument("--base", metavar="REV", help="measure that commit in the same rounds; it is the baseline then")
     parser.add_argument("--start", type=int, default=0, metavar="K", help="leave out the first K problems")
     parser.add_argument("--resume", action="store_true", help="leave out what has rows in --out")
@@ -66,12 +68,16 @@ def _run(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, must be cpu: torch sees no GPU")
+    if options.refine and options.time_budget is None:
+        raise UserError("--refine needs --time-budget: how long to go on")
+    machine.settle_allocator()
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    run = Run(options.out, seconds, options.quick, prepare(options.base) if options.base else None)
+    base = prepare(options.base) if options.base else None
+    run = Run(options.out, seconds, options.quick, options.refine, base)
     earlier = rows.read(options.out) if options.resume else []
     run.failed = {rows.key_of(row)[:5] for row in earlier if not row["p50_ms"] and not row["peak_mb"]}
     finished = {(row["op"], *rows.key_of(row)[2:5]) for row in earlier if row["p50_ms"] or row["peak_mb"]}
-    chosen, start, written = problems_of(options.case, device, options.quick), time.monotonic(), []
+    chosen, start, written, begun = problems_of(options.case, device, options.quick), time.monotonic(), [], []
     for number, (case, problem) in enumerate(chosen):
         spent = time.monotonic() - start
         if number < options.start or (case.op, problem.device, problem.dtype, problem.shape_json) in finished:
@@ -80,14 +86,20 @@ def _run(options: argparse.Namespace) -> int:
             print(f"the time is up: {len(chosen) - number} of {len(chosen)} problems left out", flush=True)
             break
         print(f"[{number + 1}/{len(chosen)}] {case.op} {problem.label}, {spent:.0f} s", flush=True)
+        measurement = Measurement(case, problem, run)
         try:
-            measured = measure(case, problem, run)
+            measured = measurement.look()
         except DeviceLost as error:
             print(f"the GPU is lost: {error}", flush=True)
             return LOST
         for row in measured:
             _print(row)
         written += measured
+        if options.refine:
+            begun.append(measurement)
+        else:
+            measurement.close()
+    refine(begun, start + (options.time_budget or 0))
     recorded = rows.read(options.recorded) if options.quick else []
     here, there = rows.machines(written), rows.machines(recorded)
     if here and there and not here & there:
@@ -97,6 +109,27 @@ def _run(options: argparse.Namespace) -> int:
     for line in slower:
         print(line, flush=True)
     return 1 if slower else 0
+
+
+def refine(begun: Sequence[Measurement], end: float) -> None:
+    """More looks at each problem, always the one that had the least, until `end` of the monotonic clock.
+
+    What disturbs a machine for a minute is then a small part of every problem's rounds, not all of one's.
+    """
+    left, looks = [measurement for measurement in begun if measurement.rounds], 0
+    while left:
+        least = min(left, key=lambda measurement: (measurement.rounds >= LEAST_ROUNDS, measurement.seconds))
+        if time.monotonic() + max(least.run.seconds, least.seconds / least.rounds) > end:
+            left.remove(least)
+            continue
+        least.look()
+        looks += 1
+    if looks:
+        print(f"looked {looks} more times; the rows of all rounds:", flush=True)
+    for measurement in begun if looks else ():
+        print(f"{measurement.case.op} {measurement.problem.label}, {measurement.rounds} rounds", flush=True)
+        for row in measurement.rows():
+            _print(row)
 
 
 def slower_than_recorded(measured: Sequence[rows.Row], recorded: Sequence[rows.Row]) -> list[str]:

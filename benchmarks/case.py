@@ -11,6 +11,7 @@ from torch import Tensor
 
 Loss = Callable[..., Tensor]  # the inputs of a case -> a scalar
 PHASES = ("forward", "backward", "both")
+MOST_SHAPES = 64  # that one function is compiled for
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,13 @@ class Case:
 
     def variant(self, problem: Problem, impl: str) -> Variant:
         return next(variant for variant in self.variants(problem) if variant.impl == impl)
+
+
+def compiled(load: Callable[[], Loss]) -> Callable[[], Loss]:
+    """`load` through torch.compile, one compilation for each shape, as a training run of that shape has it."""
+
+    def compile_it() -> Loss:
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        return torch.compile(load(), dynamic=False)
+
+    return compile_it

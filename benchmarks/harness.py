@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import time
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from benchmarks.runner import Remote, Runner
 from benchmarks.timing import Sample, interleave, quantiles, ratio, repeats_for
 
 MATRICES = 8  # N x N, in the type of the features: what eager code with autograd holds, and a little
-LONGEST_CALL = 20.0  # seconds; longer ones are left out
+LONGEST_CALL = 40.0  # seconds; longer ones are left out
 GIB = 1 << 30
 
 
@@ -29,8 +31,9 @@ class Run:
     """Where rows go, and what all of them share."""
 
     out: Path
-    seconds: float  # of rounds for each problem
+    seconds: float  # of rounds each time a problem is looked at
     is_quick: bool = False
+    is_refined: bool = False  # problems are looked at again and again: once, one round is enough
     base: Base | None = None
     failed: set[tuple[str, ...]] = field(default_factory=set)  # (op, impl, device, dtype, shape): not tried again
     told: set[tuple[str, ...]] = field(default_factory=set)  # reasons are told once an op
@@ -48,6 +51,7 @@ class Candidate:
     errors: Errors
     most: Errors  # the errors that pass
     peak: float | None = None
+    repeats: int = 0  # calls a turn; 0: not known yet
     samples: list[Sample] = field(default_factory=list)  # one a round
 
 
@@ -57,28 +61,62 @@ def measure(case: Case, problem: Problem, run: Run) -> list[rows.Row]:
     Raises:
         DeviceLost: the row that says so is in the file too.
     """
-    if case.has_products and not machine.has_products(problem.device, problem.torch_dtype):
-        _leave_out(case, problem, run)
-        return []
-    candidates = _gate(case, problem, run)
-    try:
+    with closing(Measurement(case, problem, run)) as measurement:
+        return measurement.look()
+
+
+class Measurement:
+    """One problem, of which each `look` takes more rounds; between two looks it holds no inputs."""
+
+    def __init__(self, case: Case, problem: Problem, run: Run) -> None:
+        self.case, self.problem, self.run = case, problem, run
+        self.candidates: list[Candidate] | None = None  # None before the first look
+        self.seconds = 0.0  # of rounds, over all looks
+
+    @property
+    def rounds(self) -> int:
+        return max((len(candidate.samples) for candidate in self.candidates or ()), default=0)
+
+    def look(self) -> list[rows.Row]:
+        """The rows of all rounds so far, which are in the file when this returns, in place of earlier ones.
+
+        Raises:
+            DeviceLost: as `measure`.
+        """
+        try:
+            if self.candidates is None:
+                self.candidates = self._passed()
+            if self.problem.is_timed:
+                self.seconds += _time(self.case, self.problem, self.run, self.candidates)
+            self.run.write(written := self.rows())
+            return written
+        finally:
+            for candidate in self.candidates or ():
+                candidate.runner.rest()
+            _tidy(self.problem)
+
+    def rows(self) -> list[rows.Row]:
+        return _rows(self.case, self.problem, self.run, self.candidates or [])
+
+    def close(self) -> None:
+        if self.candidates:
+            self.candidates.clear()
+        _tidy(self.problem)
+
+    def _passed(self) -> list[Candidate]:
+        """What can run, with its peak."""
+        case, problem, run = self.case, self.problem, self.run
+        if case.has_products and not machine.has_products(problem.device, problem.torch_dtype):
+            _leave_out(case, problem, run)
+            return []
+        candidates = _gate(case, problem, run)
         for candidate in list(candidates) if problem.has_peak else []:
             try:
                 candidate.peak = candidate.runner.peak()
             except Exception as error:  # out of memory, most likely: then there is nothing to time either
                 candidates.remove(candidate)
                 _fail(case, problem, run, candidate.variant, error)
-        if problem.is_timed:
-            _time(case, problem, run, candidates)
-        written = _rows(case, problem, run, candidates)
-        run.write(written)
-        return written
-    finally:
-        for candidate in candidates:
-            if isinstance(candidate.runner, Remote):
-                candidate.runner.close()
-        candidates.clear()
-        _tidy(problem)
+        return candidates
 
 
 def _gate(case: Case, problem: Problem, run: Run) -> list[Candidate]:
@@ -138,22 +176,30 @@ def _too_large(problem: Problem, variant: Variant) -> str | None:
     return f"it needs about {needed / GIB:.0f} GiB, {free / GIB:.0f} are free"
 
 
-def _time(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -> None:
-    repeats = {}
+def _time(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -> float:
+    """Seconds of its rounds."""
     for candidate in list(candidates):
         try:
-            repeats[candidate.variant.impl] = repeats_for(candidate.runner.warm_up())
+            if candidate.repeats:
+                candidate.runner.resume()
+            else:
+                candidate.repeats = repeats_for(candidate.runner.warm_up())
         except Exception as error:  # as in the gate
             candidates.remove(candidate)
             _fail(case, problem, run, candidate.variant, error)
     by_name = {candidate.variant.impl: candidate for candidate in candidates}
     subjects = {name: candidate.runner for name, candidate in by_name.items()}
-    samples, failures = interleave(subjects, repeats, run.seconds, least=3 if problem.sizes[0][1] > GATE_SIZE else 5)
+    repeats = {name: candidate.repeats for name, candidate in by_name.items()}
+    least = 1 if run.is_refined else 3 if problem.sizes[0][1] > GATE_SIZE else 5
+    start = time.perf_counter()
+    samples, failures = interleave(subjects, repeats, run.seconds, least)
+    seconds = time.perf_counter() - start
     for name, failure in failures.items():
         candidates.remove(by_name[name])
         _fail(case, problem, run, by_name[name].variant, failure)
     for name, taken in samples.items():
-        by_name[name].samples = taken
+        by_name[name].samples += taken
+    return seconds
 
 
 def _rows(case: Case, problem: Problem, run: Run, candidates: list[Candidate]) -> list[rows.Row]:

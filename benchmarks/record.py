@@ -7,7 +7,6 @@ take away what another machine measured: then nothing is changed, and it says wh
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -51,7 +50,8 @@ def record(folder: Path) -> str:
         told = "; ".join(f"{count} ({reason})" for reason, count in sorted(reasons.items()))
         return f"kept as they were: {table.RESULTS}, {table.DOCUMENT}. Problems without figures in {folder}: {told}"
     for file, recorded in files.items():
-        shutil.copy(file, recorded)
+        recorded.unlink(missing_ok=True)
+        rows.append(recorded, rows.read(file))
     plot.draw(rows.read(table.MEASURED), table.RESULTS)
     table.main()
     return f"wrote {table.RESULTS}"

@@ -1,4 +1,4 @@
-"""The CSV: one row for each implementation, problem and phase, written as soon as it is known.
+"""The CSV: one row for each implementation, problem and phase, written as soon as it is known; a later one counts.
 
 op, impl, device, dtype, shape_json   what ran on what
 phase           forward, backward, or both; a reason why nothing was measured stands in the row "both", for a whole
@@ -8,8 +8,8 @@ peak_mb         MiB above what the inputs and their gradients need (the row "bot
 gflops          10^9 operations a second, of the operations that linear memory needs (the same for every impl)
 pct_roofline    predicted_ms / p50_ms in percent
 predicted_ms    the roofline: operations at the speed of the library's product, or bytes at that of a copy
-ratio           time of `baseline` / time, the median over the rounds: above 1 is faster; empty for a backward whose
-                work the forward did
+ratio           time of `baseline` / time, the mean of the middle half of the rounds: above 1 is faster; empty for a
+                backward whose work the forward did
 peer_version    distribution and version of what ran; for impl "auto" with the implementation it took
 error           largest relative error against fp64, of the loss (forward) or a gradient (backward); or the reason
 budget          what the error may be

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.case import Case, Problem, Variant
 from benchmarks.gate import GATE_SIZE, Errors, errors_of
@@ -25,6 +26,7 @@ class Runner:
     def __init__(self, case: Case, problem: Problem, variant: Variant) -> None:
         self.case, self.problem, self.variant = case, problem, variant
         self.loss = variant.load()
+        self.inputs: tuple[Tensor, ...] = ()
 
     def errors(self) -> Errors:
         """Against fp64."""
@@ -52,6 +54,14 @@ class Runner:
             times.append(time.perf_counter() - start)
         return min(times)
 
+    def resume(self) -> None:
+        """Ready for turns again after `rest`, its repeats being known."""
+        self.inputs = self.case.make_inputs(self.problem)
+
+    def rest(self) -> None:
+        """Holds nothing large until it resumes."""
+        self.inputs = ()
+
     def peak(self) -> float | None:
         """MiB beyond inputs and gradients; see `memory`."""
         if self.problem.device != "cuda":
@@ -70,9 +80,7 @@ class Remote:
 
     def __init__(self, case: Case, problem: Problem, impl: str, prelude: str) -> None:
         self.case, self.problem, self.impl, self.prelude = case, problem, impl, prelude
-        code = f"{prelude}\nfrom benchmarks.runner import serve\nserve()"
-        arguments = [sys.executable, "-c", code, case.op, impl, problem.to_json(), str(torch.get_num_threads())]
-        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process: subprocess.Popen[str] | None = None
 
     def errors(self) -> Errors:
         return Errors(*self._ask("errors"))
@@ -91,12 +99,26 @@ class Remote:
     def block(self, repeats: int) -> Sample:
         return Sample(*self._ask("block", repeats))
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+    def resume(self) -> None:
+        self.warm_up()
+
+    def rest(self) -> None:
+        """Ends the process; the next call starts another."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait(timeout=60)
+            self.process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        code = f"{self.prelude}\nfrom benchmarks.runner import serve\nserve()"
+        arguments = [self.case.op, self.impl, self.problem.to_json(), str(torch.get_num_threads())]
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def _ask(self, call: str, *arguments: int) -> Any:
+        self.process = self.process or self._start()
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([call, *arguments]) + "\n")

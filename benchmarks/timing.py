@@ -1,7 +1,7 @@
 """Interleaved timing: in every round each implementation takes its turn, and each round another one begins.
 
-What disturbs the machine for a second disturbs all of them, so that a ratio, the median of what the rounds say, holds
-where times do not.
+What disturbs the machine for a second disturbs all of them, so that a ratio, the mean of what the middle half of the
+rounds say, holds where times do not.
 """
 
 from __future__ import annotations
@@ -108,9 +108,15 @@ def quantiles(samples: list[Sample]) -> dict[str, Quantiles]:
 
 
 def ratio(baseline: list[Sample], samples: list[Sample], phase: str) -> float:
-    """How many times as fast as the baseline: the median over the rounds, so that what slows a round cancels."""
+    """How many times as fast as the baseline, the geometric mean over the middle half of the rounds.
+
+    What slows a whole round cancels. The mean of a middle half moves smoothly where the machine has two moods, between
+    which a median jumps.
+    """
     pairs = zip(_values(baseline, phase), _values(samples, phase), strict=True)
-    return statistics.median(before / after for before, after in pairs)
+    ordered = sorted(before / after for before, after in pairs)
+    cut = (len(ordered) + 1) // 4
+    return statistics.geometric_mean(ordered[cut : len(ordered) - cut])
 
 
 def _values(samples: list[Sample], phase: str) -> list[float]:

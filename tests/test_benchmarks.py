@@ -162,11 +162,13 @@ def test_quantiles_by_phase() -> None:
     assert taken["both"] == pytest.approx((38.5, 22.0, 55.0))
 
 
-def test_a_ratio_is_the_median_of_the_rounds() -> None:
+def test_a_ratio_is_of_the_middle_of_the_rounds() -> None:
     """A machine that is slow for a round changes nothing: of the medians' ratios one would be 2.5, one 1.5."""
     baseline, ours = [Sample(2, 8), Sample(20, 80), Sample(5, 9)], [Sample(1, 2), Sample(10, 20), Sample(2, 6)]
     assert (ratio(baseline, ours, "forward"), ratio(baseline, ours, "backward")) == (2, 4)
     assert ratio(baseline, ours, "both") == pytest.approx(10 / 3)
+    moods = [Sample(x, 0) for x in (1, 1, 1, 2, 2, 2, 2, 900)]
+    assert ratio(moods, [Sample(1, 0)] * 8, "forward") == pytest.approx(2 ** (3 / 4))
 
 
 def test_repeats_fill_a_block() -> None:
@@ -270,12 +272,12 @@ def test_what_needs_too_much_memory_is_left_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_process_of_its_own_takes_turns_too() -> None:
     remote = Remote(CASES["sigmoid_loss"], TINY, "auto", PRELUDE)
-    try:
-        assert remote.errors().gradient < 4e-6
-        assert remote.warm_up() > 0
+    assert remote.errors().gradient < 4e-6
+    for ready in (remote.warm_up, remote.resume):
+        ready()
         assert remote.block(2).forward > 0
-    finally:
-        remote.close()
+        remote.rest()
+        assert remote.process is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import agree, machine, plot, record, rows, table
 from benchmarks.cases import CASES
 from benchmarks.cases.losses import pairs
-from benchmarks.harness import Run, measure
+from benchmarks.harness import Measurement, Run, measure
 
 ROOT = Path(__file__).parent.parent
 LACKS = "not run: this CPU has no products in bfloat16, without which a call takes 100 times as long"
@@ -222,6 +224,62 @@ def test_what_is_no_run_is_not_recorded(places: Path, tmp_path: Path, capsys: py
     assert f"FOLDER is {tmp_path}, must be that of a run: it has no cpu.csv" in capsys.readouterr().err
     assert record.main([str(places)]) == 2
     assert "must be another one" in capsys.readouterr().err
+
+
+def test_of_several_looks_the_last_rows_are_recorded(places: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = whole_run(tmp_path / "run", ratio=1.0)
+    whole_run(folder, ratio=3.0)
+    assert record.main([str(folder)]) == 0
+    recorded = (places / "cpu.csv").read_text().splitlines()
+    assert len(recorded) == 1 + len(rows.read(folder / "cpu.csv"))
+    assert {row["ratio"] for row in rows.read(places / "cpu.csv")} == {"3"}
+
+
+def test_each_look_adds_rounds_and_holds_nothing_between(tmp_path: Path) -> None:
+    run = Run(tmp_path / "rows.csv", seconds=0.0, is_quick=True, is_refined=True)
+    problem = pairs(24, 8, "float32", has_peak=False, impls=("auto",))
+    with closing(Measurement(CASES["sigmoid_loss"], problem, run)) as measurement:
+        for rounds in (1, 2, 3):
+            written = measurement.look()
+            assert measurement.rounds == rounds
+            assert all(not candidate.runner.inputs for candidate in measurement.candidates or ())
+        assert rows.read(run.out) == written
+        assert len(run.out.read_text().splitlines()) == 1 + 3 * len(written)
+
+
+class Looked:
+    """A measurement whose rounds take as long as they are told."""
+
+    def __init__(self, name: str, seconds: float, looks: list[str], clock: list[float]) -> None:
+        self.case, self.problem = SimpleNamespace(op=name), SimpleNamespace(label="")
+        self.run = SimpleNamespace(seconds=1)
+        self.each, self.seconds, self.rounds, self.looks, self.clock = seconds, seconds, 1, looks, clock
+
+    def look(self) -> None:
+        self.looks.append(self.case.op)
+        self.rounds += 1
+        self.seconds += self.each
+        self.clock[0] += self.each
+
+    def rows(self) -> list[rows.Row]:
+        return []
+
+
+def test_what_is_left_of_the_time_goes_to_whom_had_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each some rounds first, then the same time; and none that would end too late."""
+    looks: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    command.refine([Looked("long", 10, looks, clock), Looked("short", 2, looks, clock)], 58)  # type: ignore[list-item]
+    assert looks[:8] == ["short"] * 4 + ["long"] * 4
+    assert looks[8:] == ["short"] * 5
+    assert clock[0] == 58
+
+
+def test_time_to_refine_in_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--device", "cpu", "--refine", "--out", str(tmp_path / "rows.csv")]) == 2
+    assert "--refine needs --time-budget: how long to go on" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("avx2")

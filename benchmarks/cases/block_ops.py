@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Loss, Problem, Variant
+from benchmarks.case import Case, Loss, Problem, Variant, compiled
 from benchmarks.cases.encoders import BUDGETS, our_variants, probe
 from fastclip.ops import activation as activation_op
 from fastclip.ops import layer_norm as layer_norm_op
@@ -30,13 +30,9 @@ def _away(generator: torch.Generator, problem: Problem, mean: float, *rows: int)
 def _with_compile(budget: Any, load: Callable[[], Loss]) -> list[Variant]:
     version = f"torch {torch.__version__}"
 
-    def compiled() -> Loss:
-        torch.compiler.reset()
-        return torch.compile(load())
-
     return [
         Variant("eager", load, budget, version, is_baseline=True),
-        Variant("compile", compiled, budget, version, compiles=True),
+        Variant("compile", compiled(load), budget, version, compiles=True),
     ]
 
 

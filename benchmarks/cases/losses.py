@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.case import Budget, Loss, Problem, Variant
+from benchmarks.case import Budget, Loss, Problem, Variant, compiled
 from fastclip._version import __version__
 
 # What this package promises of the gradient it returns, at a scale of 100. In fp32 it may err twice as much as eager.
@@ -45,15 +45,11 @@ def eager_variants(problem: Problem, open_clip: Callable[[], Loss], textbook: Lo
     load = open_clip if has_open_clip else lambda: textbook
     version = peers.version_of("open_clip") if has_open_clip else f"torch {torch.__version__}"
 
-    def compiled() -> Loss:
-        torch.compiler.reset()  # one compilation for this shape, as a training run has it
-        return torch.compile(load())
-
     name = "open_clip" if has_open_clip else "eager"
     budget = OTHERS[problem.dtype]
     variants = [
         Variant(name, load, budget, version, is_baseline=True, is_quadratic=True),
-        Variant("compile", compiled, budget, f"torch {torch.__version__}", is_quadratic=True, compiles=True),
+        Variant("compile", compiled(load), budget, f"torch {torch.__version__}", is_quadratic=True, compiles=True),
     ]
     if not has_open_clip:
         reason = "open_clip is not installed (pip install open_clip_torch): the textbook is the baseline"
