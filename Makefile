@@ -81,7 +81,7 @@ docs: $(STAMP)
 # they are what is to be recorded.
 bench: $(STAMP) $(PEERS)
 	@rm -f $(BENCH_OUT)/cpu.csv $(BENCH_OUT)/quick.csv
-	@$(BIN)/python -m benchmarks --device cpu --out $(BENCH_OUT)/cpu.csv --time-budget $(BENCH_SECONDS) --refine --seconds 1.5
+	@$(BIN)/python -m benchmarks --device cpu --out $(BENCH_OUT)/cpu.csv --time-budget $(BENCH_SECONDS) --refine --seconds 0.5
 	@$(BIN)/python -m benchmarks --device cpu --quick --out $(BENCH_OUT)/quick.csv --recorded $(BENCH_OUT)/quick.csv
 	@$(BIN)/python -m benchmarks.plot $(BENCH_OUT)/cpu.csv
 	@$(BIN)/python -m benchmarks.record $(BENCH_OUT)

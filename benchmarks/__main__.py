@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 RECORDED = RESULTS / "quick.csv"
 SLOWER = 0.8  # a ratio below this part of the recorded one is reported
 SECONDS, QUICK_SECONDS = 6.0, 0.5  # of rounds for each problem
-LEAST_ROUNDS = 5  # of a problem that is refined, before the others get more
+LEAST_ROUNDS = 3  # of a problem that is refined, before the others get more
 LOST = 3  # exit status: the GPU's context is dead, a new process may go on
 
 
