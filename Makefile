@@ -18,7 +18,7 @@ LAB_OUT ?= build/lab
 LAB_SECONDS ?= 540
 TEST_WORKERS ?= 2
 BENCH_OUT ?= build/bench
-BENCH_SECONDS ?= 760
+BENCH_SECONDS ?= 820
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)

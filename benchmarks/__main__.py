@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 RECORDED = RESULTS / "quick.csv"
 SLOWER = 0.8  # a ratio below this part of the recorded one is reported
 SECONDS, QUICK_SECONDS = 6.0, 0.5  # of rounds for each problem
-LEAST_ROUNDS = 3  # of a problem that is refined, before the others get more
+LEAST_ROUNDS, ENOUGH_SECONDS = 7, 90.0  # of a problem that is refined, before the others get more
 LOST = 3  # exit status: the GPU's context is dead, a new process may go on
 
 
@@ -118,7 +118,7 @@ def refine(begun: Sequence[Measurement], end: float) -> None:
     """
     left, looks = [measurement for measurement in begun if measurement.rounds], 0
     while left:
-        least = min(left, key=lambda measurement: (measurement.rounds >= LEAST_ROUNDS, measurement.seconds))
+        least = min(left, key=lambda one: (_has_enough(one), one.seconds))
         if time.monotonic() + max(least.run.seconds, least.seconds / least.rounds) > end:
             left.remove(least)
             continue
@@ -130,6 +130,10 @@ def refine(begun: Sequence[Measurement], end: float) -> None:
         print(f"{measurement.case.op} {measurement.problem.label}, {measurement.rounds} rounds", flush=True)
         for row in measurement.rows():
             _print(row)
+
+
+def _has_enough(measurement: Measurement) -> bool:
+    return measurement.rounds >= LEAST_ROUNDS or measurement.seconds >= ENOUGH_SECONDS
 
 
 def slower_than_recorded(measured: Sequence[rows.Row], recorded: Sequence[rows.Row]) -> list[str]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_helpers import losses, options, run, small_data
 
+from fastclip.data import get_tokenizer
 from fastclip.errors import UserError
+from fastclip.losses.normalisers import Normalisers
+from fastclip.models import get_config
+from fastclip.training.checkpoint import Checkpoints, Saved
 from fastclip.training.config import TrainConfig
+from fastclip.training.loss import Loss
+from fastclip.training.processes import Processes
 
 STEPS, HALF = 8, 4  # an epoch each
-ASKED = {"global_weight": 1.0, "contrastive_weight": 0.0, "global_rho": 6.5, "global_gamma_epochs": 2, "lr": 1e-3}
-ASKED |= {"steps": STEPS, "save_every": HALF, "snapshot_every": 3}
+ASKED: dict[str, Any] = {"global_weight": 1.0, "contrastive_weight": 0.0, "global_rho": 6.5, "global_gamma_epochs": 2}
+ASKED |= {"lr": 1e-3, "steps": STEPS, "save_every": HALF, "snapshot_every": 3}
 
 
 @pytest.fixture(scope="module")
@@ -26,50 +34,50 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def half(runs: Path, name: str) -> Path:
-    """A copy of the run as it was in its middle."""
-    copy = runs / name
-    shutil.copytree(runs / "alone", copy, symlinks=True)
-    shutil.rmtree(copy / "checkpoints" / f"step_{STEPS:08d}")
-    (copy / "latest").write_text(f"step_{HALF:08d}\n")
-    return copy
-
-
-def test_two_ranks_train_as_one(runs: Path) -> None:
-    done = run("deepspeed", options(runs / "data", runs / "two", zero_stage=2, **ASKED))
-    assert done.returncode == 0, done.stderr
-    assert losses(runs / "two") == pytest.approx(losses(runs / "alone"), rel=1e-5)
-
-
-@pytest.mark.parametrize(("ranks", "launcher", "bound"), [(1, "python", 0.0), (2, "torchrun", 1e-5)])
-def test_a_run_goes_on(runs: Path, ranks: int, launcher: str, bound: float) -> None:
-    """Bit-equal on one rank; on two, which find the parts of one."""
-    again = half(runs, f"again_{ranks}")
+def goes_on(runs: Path, launcher: str) -> list[float]:
+    """The losses behind its middle of a run that was stopped there, by those of one rank."""
+    again = runs / launcher
+    shutil.copytree(runs / "alone", again, symlinks=True)
+    shutil.rmtree(again / "checkpoints" / f"step_{STEPS:08d}")
+    (again / "latest").write_text(f"step_{HALF:08d}\n")
     done = run(launcher, options(runs / "data", again, engine="torch", resume="latest", **ASKED))
     assert done.returncode == 0, done.stderr
-    assert losses(again)[HALF:] == pytest.approx(losses(runs / "alone")[HALF:], rel=bound, abs=0)
+    return losses(again)[HALF:]
 
 
-def test_what_is_remembered_matters(runs: Path) -> None:
-    """A run whose past was taken away says so and does not go on."""
-    again = half(runs, "forgotten")
-    folder = again / "checkpoints" / f"step_{HALF:08d}"
-    (folder / "state" / "normalisers_0.pt").unlink()
-    manifest = folder / "manifest.json"
-    lines = manifest.read_text()
-    assert "state/normalisers_0.pt" in lines
-    done = run("python", options(runs / "data", again, engine="torch", resume="latest", **ASKED))
-    assert done.returncode == 2
-    assert "is incomplete: state/normalisers_0.pt is missing" in done.stderr
+def test_a_run_goes_on_bit_equal(runs: Path) -> None:
+    manifest = json.loads((runs / "alone" / "checkpoints" / f"step_{HALF:08d}" / "manifest.json").read_text())
+    assert "state/normalisers_0.pt" in manifest["files"]
+    assert goes_on(runs, "python") == losses(runs / "alone")[HALF:]
 
 
-def test_a_run_without_it_is_not_taken_up(runs: Path) -> None:
-    plain = {"steps": HALF, "engine": "torch"}
-    assert run("python", options(runs / "data", runs / "plain", **plain)).returncode == 0
-    asked = options(runs / "data", runs / "plain", engine="torch", resume="latest", **ASKED)
-    done = run("python", asked)
-    assert done.returncode == 2
-    assert "is of a run without --global-weight, which needs a new run" in done.stderr
+@pytest.mark.long
+def test_two_ranks_train_as_one(runs: Path) -> None:
+    """From the start, and from the middle of a run of one, whose part they share out."""
+    done = run("deepspeed", options(runs / "data", runs / "two", zero_stage=2, **ASKED))
+    assert done.returncode == 0, done.stderr
+    truth = losses(runs / "alone")
+    assert losses(runs / "two") == pytest.approx(truth, rel=1e-5)
+    assert goes_on(runs, "torchrun") == pytest.approx(truth[HALF:], rel=1e-5)
+
+
+def test_the_share_of_a_batch_goes_down_along_half_a_cosine(processes: Processes) -> None:
+    loss = Loss(TrainConfig(global_weight=1.0, global_gamma=0.2, global_gamma_epochs=4), processes, 9)
+    found = []
+    for epoch in range(6):
+        loss.begin(epoch)
+        assert loss.over_all_data is not None
+        found.append(loss.over_all_data.gamma)
+    assert found == pytest.approx([1, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5), 0.2, 0.2])
+
+
+def test_a_run_without_it_is_not_taken_up(tmp_path: Path, processes: Processes) -> None:
+    data = small_data(tmp_path / "data", 4)
+    tokenizer = get_tokenizer(str(data / "tokenizer.json"), 32)
+    checkpoints = Checkpoints(tmp_path / "run", get_config("debug"), tokenizer, {}, processes, 3)
+    (tmp_path / "step" / "state").mkdir(parents=True)
+    with pytest.raises(UserError, match="is of a run without --global-weight, which needs a new run"):
+        checkpoints.load_normalisers(Saved(tmp_path / "step", 3, {}, {}, {}), Normalisers(4))
 
 
 def test_mistakes() -> None:

@@ -2,9 +2,11 @@
 
 Reading order: `contrastive` (the function), `clip` (open_clip's module over it), `sigmoid` and `siglip` (the same for
 SigLIP), `coca` and `distill` (open_clip's two over `clip`), `global_contrastive` (all of a data set as negatives),
+`approximate` (a gradient below four products),
 `checks`, `ranks`.
 """
 
+from fastclip.losses.approximate import approximate_contrastive_loss
 from fastclip.losses.clip import ClipLoss
 from fastclip.losses.coca import CoCaLoss, caption_loss
 from fastclip.losses.contrastive import ContrastiveStats, contrastive_loss
@@ -20,6 +22,7 @@ __all__ = [
     "DistillClipLoss",
     "GlobalContrastiveLoss",
     "SigLipLoss",
+    "approximate_contrastive_loss",
     "caption_loss",
     "contrastive_loss",
     "sigmoid_loss",
