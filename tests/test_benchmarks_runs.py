@@ -271,11 +271,11 @@ def test_what_is_left_of_the_time_goes_to_whom_had_least(monkeypatch: pytest.Mon
     looks: list[str] = []
     clock = [0.0]
     monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
-    of_all = [Looked("longest", 45, looks, clock), Looked("long", 10, looks, clock), Looked("short", 2, looks, clock)]
-    command.refine(of_all, 137)  # type: ignore[arg-type]
-    assert looks[:13] == ["short"] * 6 + ["long"] * 6 + ["longest"]
+    of_all = [Looked("longest", 45, looks, clock), Looked("long", 10, looks, clock), Looked("short", 1, looks, clock)]
+    command.refine(of_all, 121)  # type: ignore[arg-type]
+    assert looks[:13] == ["short"] * 6 + ["long"] * 4 + ["longest"] + ["long"] * 2
     assert looks[13:] == ["short"] * 10
-    assert clock[0] == 137
+    assert clock[0] == 121
 
 
 def test_time_to_refine_in_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ def approximate_contrastive_loss(
     """`contrastive_loss`'s mean, exact, with a gradient that leaves out what weighs next to nothing.
 
     With a sharp temperature and trained features most of dz, the gradient for the logits, is nearly zero. Of its blocks
-    of negatives, 128 x 64 (32 x 64 up to 1,024 pairs), those are left out whose part is bounded below an equal share of
+    of negatives, 128 x 64 (32 x 64 up to 1,024 pairs), those are left out whose part is bounded below a like share of
 
         tolerance * sum_ij |dz_ij|
 
