@@ -23,8 +23,8 @@ def approximate_contrastive_loss(
 
         tolerance * sum_ij |dz_ij|
 
-    so that what is left out is at most 1.1 tolerance of that sum. What it was is returned with the loss: a bound for the
-    error of each gradient, relative for the features' and absolute for the scale's, which holds for features of any
+    so that what is left out is at most 1.1 tolerance of that sum. What it was is returned with the loss: a bound for
+    the error of each gradient, relative for the features' and absolute for the scale's, which holds for features of any
     length. The loss itself, and the positives' part of the gradient, are exact.
 
     One process, on the CPU, computing in fp32. The gradient is made in the forward pass; differentiable once.
