@@ -65,7 +65,7 @@ def test_a_batch_is_what_was_promised(tmp_path: Path, tokenizer: Tokenizer) -> N
     loader = make(write_samples(tmp_path / "data", 20), tokenizer, image_size=10, global_batch=4)
     assert (loader.num_samples, loader.steps_per_epoch) == (20, 5)
     (batch,) = take(loader, 1)
-    assert sorted(batch) == ["epoch", "image", "keys", "text"]
+    assert sorted(batch) == ["epoch", "image", "index", "keys", "text"]
     assert (batch["image"].dtype, tuple(batch["image"].shape)) == (torch.uint8, (4, 3, 10, 10))
     assert (batch["text"].dtype, tuple(batch["text"].shape)) == (torch.int64, (4, 16))
     assert len(batch["keys"]) == 4
@@ -83,6 +83,20 @@ def test_every_sample_comes_exactly_once_per_epoch(tmp_path: Path, tokenizer: To
     assert orders[0] != sorted(orders[0])
     other = take(make(tmp_path / "data", tokenizer, seed=1), 4)
     assert [key for batch in other for key in batch["keys"]] != orders[0]
+
+
+def test_a_sample_has_one_number_in_all_of_the_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The same in every epoch and on any number of ranks, also where it stands in for a broken one."""
+    data = write_samples(tmp_path / "data", 24, 3, s5={"png": b"no image"})
+    found: dict[int, str] = {}
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        loader = make(data, tokenizer, rank=rank, world_size=world_size)
+        for batch in take(loader, 2 * loader.steps_per_epoch):
+            for number, key in zip(batch["index"].tolist(), batch["keys"], strict=True):
+                assert found.setdefault(number, key) == key
+    assert loader.data_size == 24
+    in_order = [f"{sample:04d}" for shard in range(3) for sample in range(shard, 24, 3)]
+    assert found == {number: key for number, key in enumerate(in_order) if key != "0005"}
 
 
 def test_what_does_not_fill_a_batch_is_left_out_in_turn(tmp_path: Path, tokenizer: Tokenizer) -> None:
