@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.scale:
         scale = torch.tensor(options.scale, requires_grad=True)
-    loss = float(contrastive_loss(image, text, scale))
-    print(f"{len(image)} pairs of {image.shape[1]} dimensions, scale {float(scale):.1f}, loss {loss:.3f}", flush=True)
+    loss = contrastive_loss(image, text, scale).item()
+    print(f"{len(image)} pairs of {image.shape[1]} dimensions, scale {scale.item():.1f}, loss {loss:.3f}", flush=True)
     print(machine.machine_name("cpu"))
     print("\n".join(rows((image, text, scale), TOLERANCES, options.seconds)))
     return 0
