@@ -65,7 +65,7 @@ def _cached(impl: str) -> Callable[[Any], Any]:
             if reason:
                 left_alone(type(self).__name__, reason)
                 return theirs(self, reps, labels, with_backward=with_backward)
-            loss = _loss(self, [torch.cat(parts) for parts in reps], impl)
+            loss = _loss(self, [torch.cat(parts) for parts in reps], impl).to(reps[0][0].dtype)  # as the library's own
             if with_backward:
                 loss.backward()
                 loss = loss.detach()
