@@ -99,7 +99,11 @@ def _run(options: argparse.Namespace) -> int:
             begun.append(measurement)
         else:
             measurement.close()
-    refine(begun, start + (options.time_budget or 0))
+    try:
+        refine(begun, start + (options.time_budget or 0))
+    except DeviceLost as error:
+        print(f"the GPU is lost: {error}", flush=True)
+        return LOST
     recorded = rows.read(options.recorded) if options.quick else []
     here, there = rows.machines(written), rows.machines(recorded)
     if here and there and not here & there:

@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import agree, machine, plot, record, rows, table
 from benchmarks.cases import CASES
 from benchmarks.cases.losses import pairs
-from benchmarks.harness import Measurement, Run, measure
+from benchmarks.harness import DeviceLost, Measurement, Run, measure
 
 ROOT = Path(__file__).parent.parent
 LACKS = "not run: this CPU has no products in bfloat16, without which a call takes 100 times as long"
@@ -276,6 +276,15 @@ def test_what_is_left_of_the_time_goes_to_whom_had_least(monkeypatch: pytest.Mon
     assert looks[:13] == ["short"] * 6 + ["long"] * 4 + ["longest"] + ["long"] * 2
     assert looks[13:] == ["short"] * 10
     assert clock[0] == 121
+
+
+def test_a_gpu_that_is_lost_while_refining_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise DeviceLost("an illegal memory access")
+
+    monkeypatch.setattr(command, "refine", lost)
+    arguments = ["--quick", "--case", "sigmoid_loss", "--device", "cpu", "--out", str(tmp_path / "rows.csv")]
+    assert command.main([*arguments, "--refine", "--time-budget", "-1"]) == command.LOST
 
 
 def test_time_to_refine_in_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,9 @@ def gradients(inputs: Inputs, tolerance: float, sorts: bool = True) -> tuple[Ten
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    loss = contrastive_loss(*wide)  # type: ignore[call-overload]
-    return loss.detach(), list(torch.autograd.grad(loss, wide))
+    image, text, scale = (x.detach().double().requires_grad_() for x in inputs)
+    loss = contrastive_loss(image, text, scale)
+    return loss.detach(), list(torch.autograd.grad(loss, (image, text, scale)))
 
 
 @pytest.mark.parametrize("sorts", [True, False])

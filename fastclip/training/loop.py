@@ -32,7 +32,6 @@ from fastclip.training.start import TEACHER, Start, prepare
 from fastclip.training.watchdog import Watchdog, watched
 
 STEPS_BETWEEN_TRIMS = 50
-BESIDE = (*TEACHER, "index")  # of a batch, what the loss is given beside the features
 
 
 def train(config: TrainConfig, processes: Processes, request: Request | None = None) -> Path:
@@ -107,7 +106,8 @@ class Trainer:
                 self.watchdog.at(f"step {self.step + 1}", has_begun)
                 factor = lr_factor(config.schedule, self.step, config.warmup, progress, config.cooldown, config.steps)
                 inputs = {name: batch[name] for name in ("image", "text", "negative_text") if name in batch}
-                beside = {name: batch[name].to(self.processes.device) for name in BESIDE if name in batch}
+                names = (*TEACHER, "index") if self.loss.normalisers else TEACHER
+                beside = {name: batch[name].to(self.processes.device) for name in names if name in batch}
                 self.loss.begin(batch["epoch"])
                 loss = self.grad_cache.step({"clip": inputs}, **beside)
                 result = self.engine.step(factor)
