@@ -3,8 +3,9 @@
 For a GPU that may be gone soon: it takes the interpreter that runs it, makes no environment, needs no network, and
 leaves out by name what is missing. Kernels are built where there is a compiler, the kernels' tests run, on a GPU a
 training step beside open_clip's, then the benchmarks, in a process of their own: when the GPU is lost or a peer
-crashes, a new one goes on behind. After every problem the folder holds rows.csv, plots and summary.md; started again on
-the same folder it goes on where it was. Without a GPU it does the same with the quick sizes.
+crashes, a new one goes on behind. After every problem the folder holds rows.csv, plots, summary.md and tuned.json (see
+benchmarks.tune); started again on the same folder it goes on where it was. Without a GPU it does the same with the
+quick sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, plot, predict, rows, table
+from benchmarks import machine, plot, predict, rows, table, tune
 from benchmarks.__main__ import LOST
 from benchmarks.cases import CASES
 from fastclip.errors import UserError
@@ -72,6 +73,7 @@ class Lab:
         ]
         parts += ["", table.predicted_table(rows.read(predict.FILE), measured), ""]
         (self.out / "summary.md").write_text("\n".join(parts))
+        (self.out / "tuned.json").write_text(tune.to_json(tune.choices(measured)))
         with contextlib.suppress(UserError):  # no matplotlib: the CSV has it all
             plot.draw(measured, self.out)
 

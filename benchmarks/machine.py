@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import shutil
 import subprocess
@@ -14,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastclip.training.allocator import keep_freed_memory
 from fastclip.training.engine import computes_in_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIES = 5
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Roofline(NamedTuple):
@@ -68,16 +67,13 @@ def _best_seconds(action: object, device: str) -> float:
 
 
 def settle_allocator() -> None:
-    """Puts glibc's thresholds where its own adaptation leaves them in a long run, and lets it keep what is freed.
+    """Puts glibc's thresholds where its own adaptation leaves them in a long run, and lets it keep what is freed below.
 
     They move with every size that is freed, and with them whether a call pages its memory in anew: attention in eager
     code took 15 % more or less from one moment of a process to the next. Tensors of 32 MiB or more are paged in by
     each call, as always.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc
-        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    keep_freed_memory(up_to=32 << 20)
 
 
 def machine_name(device: str) -> str:

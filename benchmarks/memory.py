@@ -7,7 +7,6 @@ of the two growths counts. Every large allocation of that process is its own map
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.case import Case, Loss, Problem
 from benchmarks.gate import value_and_gradients
+from fastclip.training.allocator import give_back_memory
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def main() -> None:
 
 def _growth_cpu(loss: Loss, inputs: tuple[Tensor, ...], without: tuple[int, ...]) -> int:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     _reset_peak()
     before = _status("VmRSS")
     results = value_and_gradients(loss, inputs, without)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import gc
 import json
 import os
@@ -62,6 +61,7 @@ def model_of(width: int, depth: int) -> Any:
 def measured(width: int, depth: int, fields: dict[str, Any]) -> float:
     """Bytes that this rank's peak grows by."""
     from fastclip.models import create_model
+    from fastclip.training.allocator import give_back_memory, keep_freed_memory
     from fastclip.training.config import TrainConfig
     from fastclip.training.deepspeed_config import resolve_deepspeed
     from fastclip.training.engine import build_engine
@@ -69,9 +69,7 @@ def measured(width: int, depth: int, fields: dict[str, Any]) -> float:
     from fastclip.training.processes import start_processes
 
     processes = start_processes()
-    libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-    libc.mallopt(mmap_threshold, 1 << 16)  # a run keeps what it freed, for speed: here that would count as taken
-    libc.mallopt(trim_threshold, 0)
+    keep_freed_memory(up_to=1 << 16, in_all=0)  # a run keeps what it freed, for speed: here that would count as taken
 
     def prepared(model: Any, config: TrainConfig) -> tuple[Any, Any]:
         config, ds_config, _ = resolve_deepspeed(config, processes.world_size)
@@ -93,7 +91,7 @@ def measured(width: int, depth: int, fields: dict[str, Any]) -> float:
     # Thread pools, libraries and the engine's own code are there before it counts.
     steps(model_of(64, 1), replace(config, global_batch=8 * processes.world_size, chunk_size=4), 2)
     gc.collect()
-    libc.malloc_trim(0)
+    give_back_memory()
     _reset_peak()
     before = _status("VmRSS")
     steps(model_of(width, depth), config, STEPS)

@@ -17,10 +17,9 @@ std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(
     const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset,
     const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups,
     const std::optional<at::Tensor>& kept);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics_and_largest(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics_and_largest(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset,
-    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups,
-    at::Tensor largest);
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_skipping_gradients(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, const at::Tensor& row_lse,
     const at::Tensor& col_lse, const at::Tensor& d_row_lse, const at::Tensor& d_col_lse, int64_t offset,
@@ -72,7 +71,7 @@ TORCH_LIBRARY(fastclip_cpu, m) {
       &fastclip::contrastive_loss_negative_gradients);
   m.def(
       "contrastive_loss_statistics_and_largest(Tensor image_features, Tensor text_features, Tensor logit_scale, int offset,"
-      " Tensor? labels, Tensor? row_groups, Tensor? col_groups, Tensor(a!) largest) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " Tensor? labels, Tensor? row_groups, Tensor? col_groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       &fastclip::contrastive_loss_statistics_and_largest);
   m.def(
       "contrastive_loss_skipping_gradients(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse,"

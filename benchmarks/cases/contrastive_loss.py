@@ -17,7 +17,7 @@ from benchmarks.cases.losses import pairs
 from fastclip._version import __version__
 from fastclip.losses import contrastive_loss
 from fastclip.losses.small import is_made_at_once
-from fastclip.ops.contrastive_loss import explain
+from fastclip.ops.contrastive_loss import explain, measured
 from fastclip.testing import clip_features
 
 SCALE = 100.0
@@ -74,7 +74,7 @@ def _makes_gradient_first(problem: Problem, variant: Variant) -> Variant:
     """Of a small batch the forward makes the gradient too."""
     features = torch.empty(problem["n"], 0, dtype=problem.torch_dtype, device=problem.device, requires_grad=True)
     impl = "auto" if variant.impl == "budget" else variant.impl
-    return replace(variant, gradient_in_forward=is_made_at_once(features, features, features, impl))
+    return replace(variant, gradient_in_forward=is_made_at_once(features, features, features, impl, measured))
 
 
 def variants(problem: Problem) -> list[Variant]:

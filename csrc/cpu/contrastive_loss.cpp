@@ -255,15 +255,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrasti
   });
 }
 
-// The same in fp32 with `largest` (row tiles, column blocks), which the gradients take to leave blocks out by.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics_and_largest(
+// The same in fp32 and the largest logit of each block (row tiles, column blocks), by which the gradients leave blocks out.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss_statistics_and_largest(
     const at::Tensor& image_features, const at::Tensor& text_features, const at::Tensor& logit_scale, int64_t offset,
-    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups,
-    at::Tensor largest) {
+    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& row_groups, const std::optional<at::Tensor>& col_groups) {
   const Ids own(labels), rows(row_groups), cols(col_groups);
   const Problem<float> p(image_features, text_features, logit_scale, std::nullopt, {offset, own.data(), rows.data(), cols.data()});
-  TORCH_CHECK(largest.sizes() == p.blocks(), "largest has shape ", largest.sizes(), ", must have ", at::IntArrayRef(p.blocks()));
-  return statistics(p, largest);
+  const at::Tensor largest = p.image.new_empty(p.blocks());
+  return std::tuple_cat(statistics(p, largest), std::make_tuple(largest));
 }
 
 std::tuple<at::Tensor, at::Tensor> contrastive_loss_negative_gradients(

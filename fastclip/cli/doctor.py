@@ -15,6 +15,7 @@ from fastclip.cli.machine import inspect_machine
 from fastclip.cli.options import parse
 from fastclip.cli.text import table
 from fastclip.errors import UserError
+from fastclip.ops._dispatch import FIRST
 
 # op -> (what the case is, its size): pairs of a loss, tokens of the attention; the others take one size as any
 PAIRS = (("512 pairs", 512), ("32,768 pairs", 32_768))
@@ -144,22 +145,25 @@ def _gpus(report: dict[str, Any]) -> str:
 def _op_text(op: str, entries: list[dict[str, Any]]) -> str:
     """The op's choices, dtypes with one choice in one line, and each reason against the others once."""
     choices: dict[tuple[str, str, str], list[str]] = {}
-    reasons: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    reasons: dict[bool, dict[tuple[str, str], list[tuple[str, str, str]]]] = {True: {}, False: {}}
     for entry in entries:
         chosen = next(verdict["impl"] for verdict in entry["verdicts"] if verdict["chosen"])
         choices.setdefault((entry["device"], entry["case"], chosen), []).append(entry["dtype"])
         for verdict in entry["verdicts"]:
-            if not verdict["chosen"]:
-                place = (entry["device"], entry["case"].partition(" (")[0], entry["dtype"])
-                reasons.setdefault((verdict["impl"], verdict["reason"]), []).append(place)
+            place = (entry["device"], entry["case"].partition(" (")[0], entry["dtype"])
+            reasons[verdict["chosen"]].setdefault((verdict["impl"], verdict["reason"]), []).append(place)
     rows = [(device, case, ", ".join(dtypes), chosen) for (device, case, chosen), dtypes in choices.items()]
     everywhere = [(entry["device"], entry["case"].partition(" (")[0], entry["dtype"]) for entry in entries]
-    against = [
-        textwrap.fill(f"{impl}: {reason}{_where(places, everywhere)}", WIDTH, initial_indent="    ",
-                      subsequent_indent="      ")
-        for (impl, reason), places in sorted(reasons.items())
-    ]  # fmt: skip
-    return "\n".join([op, table(rows, left=(0, 1, 2, 3), indent="  "), "  not taken", *against])
+    lines = [op, table(rows, left=(0, 1, 2, 3), indent="  ")]
+    for is_taken, title in ((True, "  taken"), (False, "  not taken")):
+        said = [
+            textwrap.fill(f"{impl}: {reason}{_where(places, everywhere)}", WIDTH, initial_indent="    ",
+                          subsequent_indent="      ")
+            for (impl, reason), places in sorted(reasons[is_taken].items())
+            if reason != FIRST
+        ]  # fmt: skip
+        lines += [title, *said] if said else []
+    return "\n".join(lines)
 
 
 def _where(places: Sequence[tuple[str, ...]], everywhere: Sequence[tuple[str, ...]]) -> str:

@@ -12,6 +12,7 @@ from fastclip.distributed import Layout, all_reduce_sum, gather_rows
 from fastclip.losses.checks import agreed_layout, check_contrastive
 from fastclip.losses.small import is_made_at_once
 from fastclip.losses.terms import Pairing, Terms, contrastive_terms
+from fastclip.ops.contrastive_loss import measured
 from fastclip.ops.contrastive_loss.at_once import contrastive_mean_at_once
 from fastclip.ops.contrastive_loss.sums import group_size
 
@@ -173,7 +174,7 @@ def contrastive_loss(
     layout, faults = agreed_layout(check, image_features, text_features, group, uneven or check_values)
     is_plain = all(x is None for x in (labels, group_ids, weights, group)) and not (label_smoothing or normalize)
     is_plain = is_plain and (directions, reduction, return_stats) == ("both", "mean", False)
-    if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl):
+    if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl, measured):
         return contrastive_mean_at_once(image_features, text_features, logit_scale.reshape(()))
     image_ids, text_ids = _halves(group_ids)
     pairing = Pairing(labels, image_ids, text_ids, image_ids is not None and group_mode == "ignore", layout)

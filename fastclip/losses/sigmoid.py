@@ -11,7 +11,7 @@ from fastclip.distributed import all_gather, check_equal_rows
 from fastclip.losses.checks import check_inputs
 from fastclip.losses.small import is_made_at_once
 from fastclip.ops._at_once import mean_at_once
-from fastclip.ops.sigmoid_loss import sigmoid_rows, sigmoid_sum
+from fastclip.ops.sigmoid_loss import measured, sigmoid_rows, sigmoid_sum
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -71,7 +71,7 @@ def sigmoid_loss(
     _check_rows("weights", weights, image_features, check_values)
     is_plain = all(x is None for x in (group_ids, weights, group)) and reduction == "mean" and not normalize
     is_plain = is_plain and image_features.device.type == "cpu"
-    if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl):
+    if is_plain and is_made_at_once(image_features, text_features, logit_scale, impl, measured):
         scalars = (logit_scale.reshape(()), logit_bias.reshape(()))
         return mean_at_once(torch.ops.fastclip_cpu.sigmoid_loss_mean, image_features, text_features, *scalars)
     if normalize:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastclip.models.clip import CLIP
-from fastclip.models.transformer import Block, linear
+from fastclip.models.transformer import blocks_of, linear
 
 MULTIPLE = 16  # what the hardware asks of widths
 LEAST_CAPABILITY = (8, 9)
@@ -41,7 +41,7 @@ def use_fp8(model: CLIP, *, device: torch.device | None = None, emulate: bool = 
     def converted(layer: nn.Linear) -> nn.Linear:
         return cast(nn.Linear, convert_to_float8_training(nn.Sequential(layer), config=config)[0])
 
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     for block in blocks:
         attention, mlp = block.attn, block.mlp
         attention.product = _product(converted(nn.Linear(1, 1, device="meta")))
@@ -55,14 +55,10 @@ def _product(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, weight, bias: functional_call(module, {"weight": weight, "bias": bias}, (x,))
 
 
-def _blocks(model: CLIP) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]
-
-
 def _check(model: CLIP, device: torch.device, emulate: bool) -> None:
     if importlib.util.find_spec("torchao") is None:
         raise ImportError("fp8 needs torchao, which is not installed: pip install torchao")
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if not blocks:
         raise ValueError("fp8 is for the blocks of this package's Transformers, of which this model has none")
     if any(block.attn.product is not linear for block in blocks):

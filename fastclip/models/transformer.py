@@ -228,6 +228,11 @@ class Transformer(nn.Module):
         return x
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """All blocks in it."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def recomputing(recomputes: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """function(*arguments), which backward runs again, but for what comes behind the last tensor it needs.
 

@@ -51,11 +51,17 @@ def pick(op: str, impl: str, names: Sequence[str], order: Sequence[str], why_not
     return impl
 
 
-def explain(op: str, names: Sequence[str], order: Sequence[str], why_not: Callable[[str], str | None]) -> list[Verdict]:
-    """What `pick` would say of every implementation, for people to read (`fastclip doctor`)."""
+FIRST = "first that can run"
+
+
+def explain(
+    op: str, names: Sequence[str], order: Sequence[str], why_not: Callable[[str], str | None], because: str = FIRST
+) -> list[Verdict]:
+    """What `pick` would say of every implementation, for people to read (`fastclip doctor`); `because` is said of the
+    one that is taken."""
     chosen = pick(op, "auto", names, order, why_not)
     verdicts = []
     for name in names:
-        reason = why_not(name) or ("first that can run" if name == chosen else f"auto prefers {chosen} here")
+        reason = why_not(name) or (because if name == chosen else f"auto prefers {chosen} here")
         verdicts.append(Verdict(name, name == chosen, reason))
     return verdicts

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
+from torch import Tensor
 
-from fastclip.ops import _dispatch, _extension
+from fastclip.ops import _dispatch, _extension, _tuned
 
+LARGE = 197 * 1024 * 768  # numbers: the blocks of a ViT-B/16 at 1,024 images
 TAKES = {
     "cpu": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -40,15 +45,31 @@ def _is_missing(op: str, impl: str, device_type: str) -> str | None:
 _is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def pick(
-    op: str, impl: str, names: tuple[str, ...], order: tuple[str, ...], device_type: str, dtype: torch.dtype
-) -> str:
-    """The implementation to run; see `_dispatch.pick` for errors."""
-    return _dispatch.pick(op, impl, names, order, lambda name: why_not(op, name, device_type, dtype))
+@dataclass(frozen=True)
+class ElementwiseOp:
+    """A block op: `name`, which is its folder too, and the names of its implementations."""
 
+    name: str
+    impls: tuple[str, ...]
 
-def explain(
-    op: str, names: tuple[str, ...], order: tuple[str, ...], device_type: str, dtype: torch.dtype
-) -> list[_dispatch.Verdict]:
-    """Which implementation "auto" takes, and why not the others."""
-    return _dispatch.explain(op, names, order, lambda name: why_not(op, name, device_type, dtype))
+    def pick(self, impl: str, order: tuple[str, ...], x: Tensor, kind: str) -> str:
+        """The implementation to run; see `_dispatch.pick` for errors.
+
+        Args:
+            order: what "auto" tries, best first, where nothing is measured.
+            kind: of input, in the words of `tuned.json`.
+        """
+        device_type, dtype = x.device.type, x.dtype
+        tried = _tuned.order(_tuned.find(self.name, device_type, dtype, x.numel(), kind), order)
+        return _dispatch.pick(
+            self.name, impl, self.impls, tried, lambda name: why_not(self.name, name, device_type, dtype)
+        )
+
+    def explain(
+        self, order: tuple[str, ...], device_type: str, dtype: torch.dtype, kind: str
+    ) -> list[_dispatch.Verdict]:
+        """Which implementation "auto" takes for a large input, why, and why not the others."""
+        choice = _tuned.find(self.name, device_type, dtype, LARGE, kind)
+        tried, because = _tuned.order(choice, order), _tuned.because(choice, device_type)
+        reason = partial(why_not, self.name, device_type=device_type, dtype=dtype)
+        return _dispatch.explain(self.name, self.impls, tried, reason, because)

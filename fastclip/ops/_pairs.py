@@ -1,19 +1,20 @@
 """What the losses on n x m logits share: which of their implementations runs where."""
 
+import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastclip.ops import _cuda, _dispatch, _extension
+from fastclip.ops import _cuda, _dispatch, _extension, _tuned
 
 IMPLS = ("reference", "dense", "cpu", "triton", "cuda")
 # Up to here the launches of the chunked paths cost more than the matrix. On the CPU (2 cores, fp32 and bf16, D = 128
 # and 512, N = 64 to 4096) "cpu" was never behind "dense", nor "dense" behind "reference" up to N = 1024. On an H200
-# "cuda" was never behind "dense" (N = 256 to 8192); "dense" beside "triton" is not measured there.
+# "cuda" was never behind "dense" (N = 256 to 8192). What a GPU has measured beside each other goes before this.
 DENSE_UP_TO = 1 << 20
 
 
@@ -24,8 +25,12 @@ class PairOp:
     name: str
     dense_limit: int
 
+    def measured(self, device_type: str, dtype: torch.dtype, n: int, m: int, d: int) -> _tuned.Choice | None:
+        """What this GPU has measured for n x m logits of features of d dimensions."""
+        return _tuned.find(self.name, device_type, dtype, math.isqrt(n * m), f"{d} dimensions")
+
     def order(self, device_type: str, n: int, m: int) -> tuple[str, ...]:
-        """What "auto" tries, best first, for n x m logits."""
+        """What "auto" tries, best first, for n x m logits, where nothing is measured."""
         if device_type == "cpu":
             return ("cpu", "dense", "reference") if n * m <= DENSE_UP_TO else ("cpu", "reference")
         return ("cuda", "dense", "triton", "reference") if n * m <= DENSE_UP_TO else ("cuda", "triton", "reference")
@@ -59,16 +64,20 @@ class PairOp:
     def implementation(self, impl: str, image_features: Tensor, text_features: Tensor) -> ModuleType:
         """The module that runs on these tensors; see `_dispatch.pick` for errors."""
         kind, dtype = image_features.device.type, image_features.dtype
-        n, m = image_features.shape[0], text_features.shape[0]
-        order = self.order(kind, n, m)
+        (n, d), m = image_features.shape, text_features.shape[0]
+        order = _tuned.order(self.measured(kind, dtype, n, m, d), self.order(kind, n, m))
         name = _dispatch.pick(self.name, impl, IMPLS, order, lambda name: self.why_not(name, kind, dtype, n, m))
         return _kernels(self.name, name)
 
-    def explain(self, device_type: str, dtype: torch.dtype, n: int, m: int | None = None) -> list[_dispatch.Verdict]:
-        """Which implementation "auto" takes for n x m pairs (m = n by default), and why not the others."""
+    def explain(
+        self, device_type: str, dtype: torch.dtype, n: int, m: int | None = None, d: int = 512
+    ) -> list[_dispatch.Verdict]:
+        """Which implementation "auto" takes for n x m pairs (m = n by default), why, and why not the others."""
         m = n if m is None else m
-        order = self.order(device_type, n, m)
-        return _dispatch.explain(self.name, IMPLS, order, lambda name: self.why_not(name, device_type, dtype, n, m))
+        choice = self.measured(device_type, dtype, n, m, d)
+        order, because = _tuned.order(choice, self.order(device_type, n, m)), _tuned.because(choice, device_type)
+        reason = partial(self.why_not, device_type=device_type, dtype=dtype, n=n, m=m)
+        return _dispatch.explain(self.name, IMPLS, order, reason, because)
 
 
 @cache

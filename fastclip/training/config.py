@@ -169,6 +169,8 @@ class TrainConfig:
     products (CPUs before AVX-512, where one takes 100 times as long)."""
     fp8: bool = False
     """Compute the blocks' products in fp8 (torchao; compute capability 8.9 or later)."""
+    compile: bool = False
+    """Run the blocks by torch.compile; the first step then takes a minute or more."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 1 partitions the optimizer state, 2 the gradients too, 3 the weights too; 0 nothing."""
     reduction: Literal["auto", "coalesced", "boundary", "unmanaged"] = "auto"
@@ -270,6 +272,8 @@ class TrainConfig:
             raise UserError("schedule open_clip counts steps: use cosine with --minutes")
         if self.zero_stage not in (0, 1, 2, 3):
             raise UserError(f"zero_stage must be 0, 1, 2 or 3, was {self.zero_stage}")
+        if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise UserError("compile needs whole weights, which zero_stage 3 gathers as they are used: leave one")
         if self.engine == "torch" and self.precision == "fp16":
             raise UserError(
                 "precision fp16 needs loss scaling, which engine torch has not: use bf16 or engine deepspeed"

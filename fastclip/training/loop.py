@@ -16,6 +16,7 @@ from fastclip.data import normalize_image
 from fastclip.data.loader import Batch
 from fastclip.grad_cache import GradCache
 from fastclip.models import CLIPConfig
+from fastclip.training.allocator import give_back_memory
 from fastclip.training.average import WeightAverage
 from fastclip.training.checkpoint import NotSaved, find_checkpoint
 from fastclip.training.config import TrainConfig
@@ -23,7 +24,7 @@ from fastclip.training.engine import Engine, StepResult, build_engine
 from fastclip.training.evaluation import Evaluation
 from fastclip.training.loss import Loss
 from fastclip.training.metrics import KEYS, Clock, Metrics, in_words, of_all_ranks, over_ranks
-from fastclip.training.processes import Processes, give_back_memory
+from fastclip.training.processes import Processes
 from fastclip.training.quarantine import Quarantine
 from fastclip.training.schedule import lr_factor
 from fastclip.training.signals import GO_ON, INTERRUPT, Request, requests_to_end

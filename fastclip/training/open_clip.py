@@ -29,7 +29,7 @@ COCA = {
     "coca-contrastive-loss-weight": ("contrastive_weight", 1.0),
     "coca-caption-loss-weight": ("caption_weight", 2.0),
 }
-SWITCHES = {"lock-image": "lock_image", "lock-text": "lock_text"}
+SWITCHES = {"lock-image": "lock_image", "lock-text": "lock_text", "torchcompile": "compile"}
 # What needs no translation, and why.
 NEEDLESS = {
     "local-loss": "the loss is the same whichever rank computes it",

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastclip.errors import UserError
+from fastclip.training.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def start_processes() -> Processes:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-        _keep_freed_memory()
+        keep_freed_memory()
         _leave_dynamo_out()
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
@@ -117,29 +116,3 @@ def _leave_dynamo_out() -> None:
         plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if plain is not None and "torch._dynamo" not in sys.modules:
             plain.__dynamo_disable = plain  # what torch keeps there once it has asked dynamo
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks instead of handing them back to the kernel.
-
-    A training step frees and takes the same tensors again and again, and paging them in anew each time costs a CPU run
-    some 7 % (bf16 blocks of width 256) to 20 % (width 128) of its time.
-    """
-    mmap_threshold, trim_threshold, largest = -3, -1, 1 << 30
-    if _libc() is not None:
-        _libc().mallopt(mmap_threshold, largest)
-        _libc().mallopt(trim_threshold, largest * 2 - 1)
-
-
-def give_back_memory() -> None:
-    """Hands the kept blocks back to the kernel. Packed captions make tensors of ever other sizes, so that the blocks
-    kept for them pile up: to 3.5 GB a process within 20 minutes of the demo, of which the most lies unused."""
-    if _libc() is not None:
-        _libc().malloc_trim(0)
-
-
-@cache
-def _libc() -> Any:
-    """The C library if it is glibc, else None."""
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "malloc_trim") else None

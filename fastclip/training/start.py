@@ -21,6 +21,7 @@ from fastclip.data.shards import expand_shards
 from fastclip.errors import UserError
 from fastclip.losses import contrastive_loss
 from fastclip.models import CLIP, CLIPConfig, create_model
+from fastclip.models.compiled import compile_blocks
 from fastclip.models.fp8 import use_fp8
 from fastclip.training.checkpoint import Checkpoints, Saved, find_checkpoint
 from fastclip.training.config import TrainConfig, write_config
@@ -150,6 +151,8 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         model.set_recompute(config.recompute)
         if config.fp8:
             _use_fp8(model, processes.device)
+        if config.compile:
+            _compile(model)
     _check_same_data(loader, processes)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, snapshots, resumed)
 
@@ -259,6 +262,13 @@ def _use_fp8(model: CLIP, device: torch.device) -> None:
         use_fp8(model, device=device)
     except (ImportError, ValueError) as error:
         raise UserError(f"--fp8: {error}") from error
+
+
+def _compile(model: CLIP) -> None:
+    try:
+        compile_blocks(model)
+    except ValueError as error:
+        raise UserError(f"--compile: {error}") from error
 
 
 def _writable(run: Path) -> Path:

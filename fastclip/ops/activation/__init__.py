@@ -19,6 +19,7 @@ from fastclip.ops.activation.reference import KINDS
 __all__ = ["IMPLS", "KINDS", "activation", "explain"]
 
 IMPLS = ("reference", "cpu", "triton")
+_OP = _elementwise.ElementwiseOp("activation", IMPLS)
 
 
 def activation(x: Tensor, bias: Tensor | None = None, *, kind: str = "gelu", impl: str = "auto") -> Tensor:
@@ -36,15 +37,15 @@ def activation(x: Tensor, bias: Tensor | None = None, *, kind: str = "gelu", imp
         raise ValueError(
             f"bias must be {tuple(x.shape[-1:])} on {x.device} like x, was {tuple(bias.shape)} on {bias.device}"
         )
-    name = _elementwise.pick("activation", impl, IMPLS, _order(x.device.type, kind), x.device.type, x.dtype)
+    name = _OP.pick(impl, _order(x.device.type, kind), x, kind)
     return reference.activation(x, bias, kind) if name == "reference" else op.activation(x, bias, kind, name)
 
 
 def _order(device_type: str, kind: str) -> tuple[str, ...]:
     """What "auto" tries, best first.
 
-    On the CPU PyTorch's GELU is ahead of ours, and ours of its others. CUDA is not measured: there "auto" is PyTorch's
-    own, but for QuickGELU, of which PyTorch's operators would keep an fp32 copy for backward.
+    On the CPU PyTorch's GELU is ahead of ours, and ours of its others. On CUDA what was measured goes before; without,
+    "auto" is PyTorch's own, but for QuickGELU, of which PyTorch's operators would keep an fp32 copy for backward.
     """
     if device_type == "cpu":
         return ("reference",) if kind == "gelu" else ("cpu", "reference")
@@ -52,5 +53,5 @@ def _order(device_type: str, kind: str) -> tuple[str, ...]:
 
 
 def explain(device_type: str, dtype: torch.dtype, kind: str = "gelu") -> list[_dispatch.Verdict]:
-    """Which implementation "auto" takes, and why not the others."""
-    return _elementwise.explain("activation", IMPLS, _order(device_type, kind), device_type, dtype)
+    """Which implementation "auto" takes, why, and why not the others."""
+    return _OP.explain(_order(device_type, kind), device_type, dtype, kind)

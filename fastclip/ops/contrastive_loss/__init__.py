@@ -13,7 +13,7 @@ The kernels know one positive a row, in any column, and groups to leave out. Mor
 linear in z, so they need sums of features and no kernel (`sums`).
 """
 
-from fastclip.ops.contrastive_loss.implementations import explain
+from fastclip.ops.contrastive_loss.implementations import IMPLS, explain, measured
 from fastclip.ops.contrastive_loss.op import contrastive_block
 
-__all__ = ["contrastive_block", "explain"]
+__all__ = ["IMPLS", "contrastive_block", "explain", "measured"]

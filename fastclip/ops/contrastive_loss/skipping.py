@@ -18,7 +18,6 @@ from fastclip.ops.contrastive_loss.op import _exact_lse, scaled_gradients
 from fastclip.ops.contrastive_loss.positives import add_positives
 from fastclip.ops.contrastive_loss.types import Statistics
 
-FEW_ROWS, FEW, ROWS, COLS = 32, 1024, 128, 64  # of a block, as in the kernel
 CLUSTERS, ROUNDS = 64, 4
 
 
@@ -66,8 +65,7 @@ def mean_and_gradients(
     if order is not None:
         image, text = image[order], text[order]
     n, mask = len(image), (0, None, None, None)
-    largest = scale.new_empty((-(-n // (FEW_ROWS if n <= FEW else ROWS)), -(-n // COLS)))
-    found = torch.ops.fastclip_cpu.contrastive_loss_statistics_and_largest(image, text, scale, *mask, largest)
+    *found, largest = torch.ops.fastclip_cpu.contrastive_loss_statistics_and_largest(image, text, scale, *mask)
     positive, row_max, row_log_sum, col_max, col_log_sum = Statistics(*found)
     x, y = ((highest - positive) + log_sum for highest, log_sum in ((row_max, row_log_sum), (col_max, col_log_sum)))
     loss = total(F.softplus(x, threshold=40.0) + F.softplus(y, threshold=40.0) + 0 * positive) / (2 * n)

@@ -10,7 +10,7 @@ Every pair stands alone, so a chunk of logits gives its part of the gradient at 
 three n x M x D products, where the softmax family, which must know its sums first, needs four.
 """
 
-from fastclip.ops.sigmoid_loss.implementations import explain
+from fastclip.ops.sigmoid_loss.implementations import IMPLS, explain, measured
 from fastclip.ops.sigmoid_loss.op import sigmoid_rows, sigmoid_sum
 
-__all__ = ["explain", "sigmoid_rows", "sigmoid_sum"]
+__all__ = ["IMPLS", "explain", "measured", "sigmoid_rows", "sigmoid_sum"]
