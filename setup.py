@@ -22,11 +22,17 @@ def build_options() -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuild(BuildExtension):
+        """Keeps its objects in build/, one folder a library, and compiles only what has changed since."""
+
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:  # whatever the compiler or the linker says, the rest of the package installs
                 notice(error)
+
+        def build_extension(self, ext: Any) -> None:
+            self.build_temp = str(Path("build", "objects", ext.name))
+            super().build_extension(ext)
 
     return {"ext_modules": kernels["extensions"](), "cmdclass": {"build_ext": OptionalBuild}}
 
