@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from offline_helpers import CAPABILITIES, assert_compiles
 from torch import Tensor
 
 from fastclip.ops.attention import attention, pooled_attention, reference
 from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
 
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 DENSE = [(77, 64, True), (197, 64, False), (257, 64, False), (256, 64, False), (150, 80, False)]
 HEAD_DIMS = (64, 72, 80, 88, 104, 112, 128)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -249,37 +245,12 @@ def test_registration(device: str) -> None:
     torch.library.opcheck(ops.attention_bwd.default, (out, qkv, out, lse, cu_seqlens, 5, True, 0.25, "triton"))
 
 
-COMPILE = """
-import json, sys
-from importlib import import_module
-from fastclip.testing import compile_offline
-capability, modules, head_dims = json.loads(sys.argv[1])
-for module in modules:
-    for case in import_module(f"fastclip.ops.attention.{module}").configurations():
-        if case["constants"]["D"] in head_dims:
-            usage = compile_offline(**case, capability=capability)
-            print(json.dumps([f"{case['kernel'].fn.__name__} {case['types']} {case['constants']}", *usage]))
-"""
-
-
-def assert_compiles(capability: int, modules: list[str], head_dims: tuple[int, ...] = HEAD_DIMS) -> int:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, json.dumps([capability, modules, head_dims])]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    usages = [json.loads(line) for line in result.stdout.splitlines()]
-    for name, registers, stack_bytes, shared_bytes in usages:
-        assert stack_bytes == 0, f"{name} spills {stack_bytes} bytes on sm_{capability}"
-        assert 0 < registers <= 255
-        assert shared_bytes <= SHARED_BYTES[capability]
-    return len(usages)
-
-
-def test_pooled_compiles_without_spills() -> None:
-    assert assert_compiles(90, ["triton_pooled"], (80,)) == 4
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_pooled_compiles_without_spills(capability: int) -> None:
+    assert assert_compiles(capability, "attention.triton_pooled", head_dims=(64, 80, 128)) > 3
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_without_spills(capability: int) -> None:
-    assert assert_compiles(capability, ["triton", "triton_pooled"]) > 70
+    assert assert_compiles(capability, "attention.triton") == {80: 35, 90: 105, 100: 35}[capability]

@@ -3,16 +3,13 @@ those of csrc/cuda on a Hopper GPU (`test_cuda` compiles them)."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from losses_helpers import OPTIONS, make_problem
+from offline_helpers import CAPABILITIES, assert_compiles
 from pairs_helpers import (
     DEVICE,
     HALF_TYPES,
@@ -42,7 +39,6 @@ from fastclip.testing import (
 )
 
 BUDGETS = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}  # of the gradient at a scale of 100
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
@@ -192,31 +188,6 @@ def test_strided_inputs(impl: str, dtype: torch.dtype) -> None:
     assert relative_error(loss.double(), plain.double()) < 1e-6
 
 
-COMPILE = """
-import json, sys
-from fastclip.ops.contrastive_loss.triton import configurations
-from fastclip.testing import compile_offline
-cases = [(case["kernel"].fn.__name__, case["types"].get("image", ""), case) for case in configurations()]
-print(json.dumps([(*names, *compile_offline(**case, capability=int(sys.argv[1]))) for *names, case in cases]))
-"""
-
-
-@pytest.mark.parametrize(
-    "capability",
-    [
-        pytest.param(80, marks=pytest.mark.long),
-        90,
-        pytest.param(100, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(capability: int) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    usages = json.loads(result.stdout)
-    assert len(usages) == 29  # three in three dtypes (plain, labels, labels and groups), one in two
-    for kernel, features, registers, stack_bytes, shared_bytes in usages:
-        assert stack_bytes == 0, f"{kernel} of {features} spills {stack_bytes} bytes on sm_{capability}"
-        assert 0 < registers <= 255
-        assert shared_bytes <= SHARED_BYTES[capability]
+    assert assert_compiles(capability, "contrastive_loss.triton") == {80: 10, 90: 29, 100: 10}[capability]

@@ -3,13 +3,9 @@ that of csrc/cuda on a Hopper GPU (`test_cuda` compiles it)."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from offline_helpers import CAPABILITIES, assert_compiles
 from pairs_helpers import (
     DEVICE,
     GRADIENT,
@@ -34,9 +30,6 @@ from torch import Tensor
 from fastclip.losses import sigmoid_loss
 from fastclip.ops.sigmoid_loss import chunks, cuda, sigmoid_rows, sigmoid_sum
 from fastclip.testing import assert_within_budget, relative_error, value_and_gradients
-
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -135,31 +128,6 @@ def test_bitwise_deterministic_and_any_strides(impl: str, dtype: torch.dtype) ->
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(runs[0], runs[2], strict=True))
 
 
-COMPILE = """
-import json, sys
-from fastclip.ops.sigmoid_loss.triton import configurations
-from fastclip.testing import compile_offline
-cases = [(case["types"]["image"], case) for case in configurations()]
-print(json.dumps([(name, *compile_offline(**case, capability=int(sys.argv[1]))) for name, case in cases]))
-"""
-
-
-@pytest.mark.parametrize(
-    "capability",
-    [
-        pytest.param(80, marks=pytest.mark.long),
-        90,
-        pytest.param(100, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_without_spills(capability: int) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    usages = json.loads(result.stdout)
-    assert len(usages) == 9  # three dtypes: with groups, without, and without a gradient
-    for features, registers, stack_bytes, shared_bytes in usages:
-        assert stack_bytes == 0, f"{features} spills {stack_bytes} bytes on sm_{capability}"
-        assert 0 < registers <= 255
-        assert shared_bytes <= SHARED_BYTES[capability]
+    assert assert_compiles(capability, "sigmoid_loss.triton") == {80: 3, 90: 9, 100: 3}[capability]
