@@ -1,0 +1,120 @@
+"""`python -m benchmarks.relations --checkpoint RUN [--data DATA]`: whether the demo's model knows what lies where.
+
+Asks for every pair of held-out scenes of two objects in the words of `fastclip search`, "a red circle above a blue
+square", and says in how many cases the scene that was meant scores above its twins: the one with the places of the two
+objects exchanged, the one with their colours (chance 50 % each), both (33 %); and how often one of the best 1 and 5 of
+all held-out scenes is as it was asked. Then what comes first for the README's sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastclip.cli.loading import find_source, load_encoder
+from fastclip.data.demo.scenes import PLACES, HeldOut, Object, Scene, held_out_scenes
+from fastclip.errors import UserError
+from fastclip.evaluation import eval_sets
+
+SENTENCE = "a red circle above a blue square"
+TWINS = {"base": ("places", "colours"), "places": ("base",), "colours": ("base",)}  # of a kind, by one exchange
+
+
+class Question(NamedTuple):
+    """One true relation in a held-out scene."""
+
+    scene: int
+    a: Object
+    b: Object
+    relation: str
+
+    @property
+    def sentence(self) -> str:
+        named = [f"{'an' if x.colour[0] in 'aeiou' else 'a'} {x.colour} {x.shape}" for x in (self.a, self.b)]
+        return f"{named[0]} {self.relation} {named[1]}"
+
+    def is_answered_by(self, scene: Scene) -> bool:
+        looks = (self.a.colour, self.a.shape, self.b.colour, self.b.shape)
+        return any(
+            (x.colour, x.shape, y.colour, y.shape) == looks and self.relation in relations(x, y)
+            for x, y in permutations(scene.objects, 2)
+        )
+
+
+def relations(a: Object, b: Object) -> Iterator[str]:
+    """The true words for where `a` lies as seen from `b`."""
+    (row_a, column_a), (row_b, column_b) = (divmod(PLACES.index(x.place), 3) for x in (a, b))
+    if row_a != row_b:
+        yield "above" if row_a < row_b else "below"
+    if column_a != column_b:
+        yield "left of" if column_a < column_b else "right of"
+
+
+def questions(held_out: Sequence[HeldOut]) -> list[Question]:
+    """Of all scenes of two objects that have twins."""
+    return [
+        Question(number, a, b, relation)
+        for number, held in enumerate(held_out)
+        if held.kind in TWINS and len(held.scene.objects) == 2
+        for a, b in permutations(held.scene.objects, 2)
+        for relation in relations(a, b)
+    ]
+
+
+def report(scores: Tensor, asked: Sequence[Question], held_out: Sequence[HeldOut]) -> str:
+    """What `scores` (questions, scenes) say, in a line."""
+    place = {(held.group, held.kind): number for number, held in enumerate(held_out)}
+    above: dict[str, list[bool]] = {"places": [], "colours": [], "both": []}
+    found: dict[int, list[bool]] = {1: [], 5: []}
+    for question, row in zip(asked, scores, strict=True):
+        kind, group = held_out[question.scene].kind, held_out[question.scene].group
+        for twin in TWINS[kind]:
+            exchanged = kind if twin == "base" else twin
+            above[exchanged].append(bool(row[question.scene] > row[place[group, twin]]))
+        others = [row[place[group, other]] for other in TWINS if other != kind]
+        above["both"].append(bool(row[question.scene] > max(others)))
+        best = [question.is_answered_by(held_out[number].scene) for number in row.topk(5).indices.tolist()]
+        for k, hits in found.items():
+            hits.append(any(best[:k]))
+    shares = {name: f"{sum(hits) / len(hits):.1%}" for name, hits in above.items()}
+    retrieved = ", ".join(f"R@{k} {sum(hits) / len(hits):.1%}" for k, hits in found.items())
+    return (
+        f"{len(asked):,} bare relations: above the exchanged places {shares['places']}, above the exchanged colours "
+        f"{shares['colours']}, above both {shares['both']}; of all {len(held_out):,} scenes {retrieved}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.relations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", default="", help="a run of the demo (the newest)")
+    parser.add_argument("--data", default="", help="its data (what the run names)")
+    options = parser.parse_args(arguments)
+    try:
+        source = find_source(options.checkpoint, options.data)
+        encoder = load_encoder(source, "", "fp32", 256)
+        scenes = eval_sets(source.data, encoder.tokenizer, encoder.config.vision.image_size)["scenes_test"]
+    except UserError as error:
+        print(f"benchmarks.relations: {error}", file=sys.stderr)
+        return 2
+    held_out = held_out_scenes(seed=0)
+    images, asked = encoder.images(scenes), questions(held_out)
+    print(report(encoder.texts([question.sentence for question in asked]) @ images.T, asked, held_out))
+    scores = encoder.texts([SENTENCE])[0] @ images.T
+    print(f"{SENTENCE}:")
+    for number in scores.argsort(descending=True)[:5].tolist():
+        shown = "; ".join(f"{x.size} {x.colour} {x.shape} {x.place}" for x in held_out[number].scene.objects)
+        print(f"  {scores[number]:.3f}  {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())

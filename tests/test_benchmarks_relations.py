@@ -1,0 +1,36 @@
+"""What `benchmarks.relations` asks and counts."""
+
+import pytest
+import torch
+
+from benchmarks import relations
+from fastclip.data.demo.scenes import held_out_scenes
+
+HELD_OUT = held_out_scenes(seed=0)
+ASKED = relations.questions(HELD_OUT)
+
+
+def test_the_readmes_sentence_is_asked_of_its_scene() -> None:
+    wanted = {("medium", "top"), ("medium", "bottom")}
+    same_words = [question for question in ASKED if question.sentence == relations.SENTENCE]
+    (found,) = [q for q in same_words if {(x.size, x.place) for x in (q.a, q.b)} == wanted]
+    assert HELD_OUT[found.scene].kind == "base"
+    assert found.is_answered_by(HELD_OUT[found.scene].scene)
+    twins = [held for held in HELD_OUT if held.group == HELD_OUT[found.scene].group and held.kind != "base"]
+    assert len(twins) == 2
+    assert not any(found.is_answered_by(held.scene) for held in twins)
+
+
+def test_who_knows_all_is_always_right_and_who_knows_the_words_alone_never() -> None:
+    true = torch.tensor([[question.is_answered_by(held.scene) for held in HELD_OUT] for question in ASKED]).double()
+    said = relations.report(true, ASKED, HELD_OUT)
+    assert "places 100.0%, above the exchanged colours 100.0%, above both 100.0%" in said
+    assert "R@1 100.0%, R@5 100.0%" in said
+    assert "places 0.0%, above the exchanged colours 0.0%, above both 0.0%" in relations.report(
+        torch.zeros_like(true), ASKED, HELD_OUT
+    )
+
+
+def test_what_is_missing_is_said(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert relations.main(["--checkpoint", f"{tmp_path}/none"]) == 2
+    assert "benchmarks.relations: " in capsys.readouterr().err
