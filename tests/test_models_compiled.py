@@ -52,7 +52,8 @@ def gradient(model: CLIP, size: int) -> Tensor:
     return flat
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_the_same_gradient_and_few_graphs(recompute: str) -> None:
     model = debug_model()
     model.set_recompute(recompute)
