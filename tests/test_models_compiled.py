@@ -19,7 +19,7 @@ from fastclip.training.__main__ import parse
 from fastclip.training.config import TrainConfig
 from fastclip.training.loop import train
 
-SIZES = (16, 16, 12, 5, 9)
+SIZES = (16, 16, 5, 9)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_the_same_gradient_and_few_graphs(recompute: str) -> None:
         found.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     assert 0 < found[0] == found[1]  # of the same lengths
-    assert found[-1] <= 3 * found[0]  # of others, with a number that varies
+    assert found[-1] < 2.5 * found[0]  # of others with a number that varies; a graph each would be 3 times as many
 
 
 def test_what_has_no_blocks_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +37,13 @@ CHOICES = _read()
 
 
 def gpu_name() -> str:
-    """As torch calls it; "" without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    """Of the current device, as torch calls it; "" without one."""
+    return _name(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+
+
+@cache
+def _name(device: int) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 gpu_name._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastclip.ops.attention.implementations
