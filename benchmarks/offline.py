@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fastclip.testing import SHARED_BYTES
+
 RESULTS = Path(__file__).parent / "results" / "offline.csv"
 MODULES = {
     "contrastive_loss": ("contrastive_loss.triton",),
@@ -27,8 +29,6 @@ MODULES = {
     "activation": ("activation.triton",),
 }
 CAPABILITIES = (80, 90, 100)
-# What one block may take: A100, H100 and H200, B200
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 KEY = ("op", "kernel", "types", "constants", "options", "capability")
 COLUMNS = (*KEY, "registers", "spilled_bytes", "shared_bytes", "tensor_core", "products", "bulk_copies", "triton")
 # In the PTX, by generation; tcgen05 is Blackwell's

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks.offline import SHARED_BYTES
+from fastclip.testing import SHARED_BYTES
 
 # (which, of how many): for Hopper all configurations, for the others a third of them, of every kind some.
 PART = {80: (0, 3), 90: (0, 1), 100: (1, 3)}
