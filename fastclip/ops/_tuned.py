@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,15 @@ def _read() -> tuple[Choice, ...]:
     return tuple(Choice(**entry | {"order": tuple(entry["order"])}) for entry in json.loads(FILE.read_text()))
 
 
-CHOICES = _read()
+def by_input(choices: Iterable[Choice]) -> dict[tuple[str, str, str, str], list[Choice]]:
+    """GPU, op, type and kind -> its sizes."""
+    table: dict[tuple[str, str, str, str], list[Choice]] = {}
+    for choice in choices:
+        table.setdefault((choice.gpu, choice.op, choice.dtype, choice.kind), []).append(choice)
+    return table
+
+
+TABLE = by_input(_read())
 
 
 def gpu_name() -> str:
@@ -55,9 +64,8 @@ def find(op: str, device_type: str, dtype: torch.dtype, size: int, kind: str) ->
         return None
     gpu = gpu_name()
     for name in dict.fromkeys((dtype, *_HALF)) if dtype in _HALF else (dtype,):
-        for choice in CHOICES:
-            of = (choice.gpu, choice.op, choice.dtype, choice.kind)
-            if of == (gpu, op, str(name).removeprefix("torch."), kind) and choice.least <= size <= choice.most:
+        for choice in TABLE.get((gpu, op, str(name).removeprefix("torch."), kind), ()):
+            if choice.least <= size <= choice.most:
                 return choice
     return None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
@@ -150,9 +152,11 @@ def prepare(config: TrainConfig, processes: Processes) -> Start:
         model = model_without_memory(model_config) if waits else create_model(model_config, checkpoint=source)
         model.set_recompute(config.recompute)
         if config.fp8:
-            _use_fp8(model, processes.device)
+            with _told_of("--fp8"):
+                use_fp8(model, device=processes.device)
         if config.compile:
-            _compile(model)
+            with _told_of("--compile"):
+                compile_blocks(model)
     _check_same_data(loader, processes)
     return Start(config, run, model_config, model, tokenizer, loader, ds_config, notes, checkpoints, snapshots, resumed)
 
@@ -257,18 +261,13 @@ def _check_same_data(loader: Loader, processes: Processes) -> None:
         )
 
 
-def _use_fp8(model: CLIP, device: torch.device) -> None:
+@contextmanager
+def _told_of(option: str) -> Iterator[None]:
+    """The reason why it cannot be had is a user's mistake."""
     try:
-        use_fp8(model, device=device)
+        yield
     except (ImportError, ValueError) as error:
-        raise UserError(f"--fp8: {error}") from error
-
-
-def _compile(model: CLIP) -> None:
-    try:
-        compile_blocks(model)
-    except ValueError as error:
-        raise UserError(f"--compile: {error}") from error
+        raise UserError(f"{option}: {error}") from error
 
 
 def _writable(run: Path) -> Path:

@@ -55,8 +55,8 @@ def _with_background(say: _Wording) -> str:
 _FULL = (_terse, _sentence, _place_first, _with_background)
 
 
-def _relation(a: Object, b: Object, stream: Stream) -> str:
-    """A true word for where `a` lies as seen from `b`."""
+def relations(a: Object, b: Object) -> list[str]:
+    """The true words for where `a` lies as seen from `b`."""
     row_a, column_a = divmod(PLACES.index(a.place), 3)
     row_b, column_b = divmod(PLACES.index(b.place), 3)
     true = []
@@ -64,7 +64,12 @@ def _relation(a: Object, b: Object, stream: Stream) -> str:
         true.append("above" if row_a < row_b else "below")
     if column_a != column_b:
         true.append("left of" if column_a < column_b else "right of")
-    return stream.choice(true)
+    return true
+
+
+def bare_relation(a: Object, relation: str, b: Object) -> str:
+    """As people ask for it: "a red circle above a blue square"."""
+    return f"{_article(a.colour)} {a.shape} {relation} {_article(b.colour)} {b.shape}"
 
 
 def _article(word: str) -> str:
@@ -77,9 +82,9 @@ def scene_captions(scene: Scene, stream: Stream) -> list[str]:
     if len(scene.objects) == 2:
         say = _Wording(scene, stream)
         a, b = say.objects
-        relation = _relation(a, b, stream)
+        relation = stream.choice(relations(a, b))
         captions.append(f"a {say.thing(a)} {say.place(a)}, {relation} a {say.thing(b)} {say.place(b)}")
-        captions.append(f"{_article(a.colour)} {a.shape} {relation} {_article(b.colour)} {b.shape}")
+        captions.append(bare_relation(a, relation, b))
     return captions
 
 
