@@ -3,14 +3,17 @@
 Asks for every pair of held-out scenes of two objects in the words of `fastclip search`, "a red circle above a blue
 square", and says in how many cases the scene that was meant scores above its twins: the one with the places of the two
 objects exchanged, the one with their colours (chance 50 % each), both (33 %); and how often one of the best 1 and 5 of
-all held-out scenes is as it was asked. Then what comes first for the README's sentence.
+all held-out scenes is as it was asked. Then which of size, colour, shape and place it sees, and knows whose they are:
+how often a caption of two objects scores above the same with one of them exchanged between the two, or another in its
+place. Last what comes first for the README's sentence.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import NamedTuple
 
@@ -19,11 +22,12 @@ from torch import Tensor
 
 from fastclip.cli.loading import find_source, load_encoder
 from fastclip.data.demo.captions import bare_relation, relations
-from fastclip.data.demo.scenes import HeldOut, Object, Scene, held_out_scenes
+from fastclip.data.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, HeldOut, Object, Scene, held_out_scenes
 from fastclip.errors import UserError
-from fastclip.evaluation import eval_sets
+from fastclip.evaluation import Encoder, eval_sets
 
 SENTENCE = "a red circle above a blue square"
+WORDS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
 TWINS = {"base": ("places", "colours"), "places": ("base",), "colours": ("base",)}  # of a kind, by one exchange
 
 
@@ -81,6 +85,41 @@ def report(scores: Tensor, asked: Sequence[Question], held_out: Sequence[HeldOut
     )
 
 
+def caption(a: Object, b: Object) -> str:
+    """All that is true of both."""
+    return ", ".join(f"{item.size} {item.colour} {item.shape} {item.place}" for item in (a, b))
+
+
+def exchanged(a: Object, b: Object, kind: str) -> Iterator[str]:
+    """The caption with what both have of `kind` exchanged; none where that is the same."""
+    of_a, of_b = getattr(a, kind), getattr(b, kind)
+    if of_a != of_b:
+        yield caption(replace(a, **{kind: of_b}), replace(b, **{kind: of_a}))
+
+
+def replaced(a: Object, b: Object, kind: str) -> Iterator[str]:
+    """The captions with another word of `kind` for the first object, which the second does not have."""
+    for word in WORDS[kind]:
+        if word not in (getattr(a, kind), getattr(b, kind)):
+            yield caption(replace(a, **{kind: word}), b)
+
+
+def attributes(encoder: Encoder, images: Tensor, held_out: Sequence[HeldOut]) -> str:
+    """In how many cases the true caption of a scene of two objects scores above the false, by kind, in two lines."""
+    pairs = [(number, *held.scene.objects) for number, held in enumerate(held_out) if len(held.scene.objects) == 2]
+    true = (encoder.texts([caption(a, b) for _, a, b in pairs]) * images[[number for number, *_ in pairs]]).sum(1)
+    lines = []
+    for false in (exchanged, replaced):
+        shares = []
+        for kind in WORDS:
+            found = [(i, text) for i, (_, a, b) in enumerate(pairs) for text in false(a, b, kind)]
+            rows = [i for i, _ in found]
+            scores = (encoder.texts([text for _, text in found]) * images[[pairs[i][0] for i in rows]]).sum(1)
+            shares.append(f"{kind} {(true[rows] > scores).float().mean():.1%}")
+        lines.append(f"the caption above the one with it {false.__name__}: {', '.join(shares)}")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.relations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images, asked = encoder.images(scenes), questions(held_out)
     print(report(encoder.texts([question.sentence for question in asked]) @ images.T, asked, held_out))
     scores = encoder.texts([SENTENCE])[0] @ images.T
+    print(attributes(encoder, images, held_out))
     print(f"{SENTENCE}:")
     for number in scores.argsort(descending=True)[:5].tolist():
         shown = "; ".join(f"{x.size} {x.colour} {x.shape} {x.place}" for x in held_out[number].scene.objects)

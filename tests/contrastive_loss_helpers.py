@@ -9,6 +9,8 @@ import secrets
 import socket
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -28,9 +30,25 @@ def free_port() -> int:
             return port
 
 
+@cache
+def _context() -> ForkServerContext:
+    """Ranks are forks of a process that has done nothing but the slow imports, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "deepspeed", "pytest", "fastclip.training.loop"])
+    return context
+
+
 def _worker(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    queue: Any,
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -43,10 +61,12 @@ def _worker(
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """function(*arguments) in `world_size` gloo processes; its results, plain Python or NumPy, by rank."""
-    context = multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), free_port()
+    context, environment, port = _context(), dict(os.environ), free_port()
+    queue = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(rank, world_size, port, function, arguments, queue), daemon=True)
+        context.Process(
+            target=_worker, args=(rank, world_size, port, environment, function, arguments, queue), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import relations
-from fastclip.data.demo.scenes import held_out_scenes
+from fastclip.data.demo.scenes import Object, held_out_scenes
 
 HELD_OUT = held_out_scenes(seed=0)
 ASKED = relations.questions(HELD_OUT)
@@ -34,3 +34,11 @@ def test_who_knows_all_is_always_right_and_who_knows_the_words_alone_never() -> 
 def test_what_is_missing_is_said(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert relations.main(["--checkpoint", f"{tmp_path}/none"]) == 2
     assert "benchmarks.relations: " in capsys.readouterr().err
+
+
+def test_captions_with_one_thing_exchanged_or_replaced() -> None:
+    a, b = Object("small", "red", "circle", "top"), Object("large", "blue", "circle", "left")
+    assert list(relations.exchanged(a, b, "place")) == ["small red circle left, large blue circle top"]
+    assert list(relations.exchanged(a, b, "shape")) == []
+    assert list(relations.replaced(a, b, "size")) == ["medium red circle top, large blue circle left"]
+    assert [len(list(relations.replaced(a, b, kind))) for kind in relations.WORDS] == [1, 6, 7, 7]
