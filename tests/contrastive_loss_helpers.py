@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.context import ForkServerContext
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
@@ -38,17 +39,31 @@ def _context() -> ForkServerContext:
     return context
 
 
+class _Surroundings:
+    """Environment, output and errors of this process, for a rank: those of the process it is a fork of are older."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"environment": self.environment, "outputs": [DupFd(1), DupFd(2)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os.environ.clear()
+        os.environ.update(state["environment"])
+        for place, output in enumerate(state["outputs"], start=1):
+            os.dup2(output.detach(), place)
+
+
 def _worker(
     rank: int,
     world_size: int,
     port: int,
-    environment: dict[str, str],
+    surroundings: _Surroundings,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     queue: Any,
 ) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
@@ -61,11 +76,11 @@ def _worker(
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """function(*arguments) in `world_size` gloo processes; its results, plain Python or NumPy, by rank."""
-    context, environment, port = _context(), dict(os.environ), free_port()
+    context, surroundings, port = _context(), _Surroundings(), free_port()
     queue = context.Queue()
     processes = [
         context.Process(
-            target=_worker, args=(rank, world_size, port, environment, function, arguments, queue), daemon=True
+            target=_worker, args=(rank, world_size, port, surroundings, function, arguments, queue), daemon=True
         )
         for rank in range(world_size)
     ]
