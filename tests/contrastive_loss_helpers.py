@@ -35,7 +35,8 @@ def free_port() -> int:
 def _context() -> ForkServerContext:
     """Ranks are forks of a process that has done nothing but the slow imports, once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "pytest", "fastclip.training.loop"])
+    modules = ["torch._dynamo", "deepspeed", "pytest", "fastclip.training.loop", "fastclip.report.charts"]
+    context.set_forkserver_preload(modules)
     return context
 
 
