@@ -55,8 +55,9 @@ class DeepSpeedEngine:
         lock_towers(model, config)
         groups = parameter_groups(model, config)
         self.has_muon = not make_optimizer and any(group["use_muon"] for group in groups)
-        muon = _import_muon(processes.device.type)
-        optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, config.optimizer, muon)
+        if processes.device.type == "cpu":
+            _import_muon_without_compiler()
+        optimizer = make_optimizer(groups) if make_optimizer else _optimizer(groups, config.optimizer, processes)
         if config.zero_stage == 3:
             _partition(model, ds_config, self.dtype, processes)
         with self._muon_settings():
@@ -290,25 +291,19 @@ def _check_config(ds_config: dict[str, Any], file: str) -> None:
         raise UserError(f"deepspeed_config {file} is refused by DeepSpeed: {'; '.join(lines)}") from error
 
 
-def _import_muon(device: str) -> Callable[..., torch.optim.Optimizer]:
-    """DeepSpeed's Muon, which ZeRO imports under any optimizer, to ask whether it knows that one.
-
-    On a CPU, where it is never compiled, without loading the compiler: two seconds of a run's start.
-    """
-    is_cpu = device == "cpu"
-    with patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda f: f) if is_cpu else nullcontext():
-        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-    # "gram" computes in fp16, and CPUs emulate that
-    return lambda groups: MuonWithAuxAdam(
-        [group | {"ns_method": "standard" if is_cpu else "gram"} if group["use_muon"] else group for group in groups]
-    )
+def _import_muon_without_compiler() -> None:
+    """ZeRO imports Muon under any optimizer, to ask whether it knows that one, and Muon the compiler: two seconds of a
+    run's start, for what is never compiled on a CPU."""
+    with patch("deepspeed.runtime.compiler.compile", lambda *_, **__: lambda f: f):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
-def _optimizer(
-    groups: list[dict[str, Any]], name: str, muon: Callable[..., torch.optim.Optimizer]
-) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], name: str, processes: Processes) -> torch.optim.Optimizer:
     """torch's or ours, or DeepSpeed's Muon, which ZeRO hands whole matrices where torch's would see flat partitions."""
-    if any(group["use_muon"] for group in groups):
-        return muon(groups)
-    kind = OPTIMIZERS.get(name, torch.optim.AdamW)
-    return kind([{key: value for key, value in group.items() if key != "use_muon"} for group in groups])
+    if not any(group["use_muon"] for group in groups):
+        kind = OPTIMIZERS.get(name, torch.optim.AdamW)
+        return kind([{key: value for key, value in group.items() if key != "use_muon"} for group in groups])
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    method = "standard" if processes.device.type == "cpu" else "gram"  # which computes in fp16, and CPUs emulate that
+    return MuonWithAuxAdam([group | {"ns_method": method} if group["use_muon"] else group for group in groups])
