@@ -85,9 +85,9 @@ def report(scores: Tensor, asked: Sequence[Question], held_out: Sequence[HeldOut
     )
 
 
-def caption(a: Object, b: Object) -> str:
-    """All that is true of both."""
-    return ", ".join(f"{item.size} {item.colour} {item.shape} {item.place}" for item in (a, b))
+def caption(*objects: Object) -> str:
+    """All that is true of them."""
+    return ", ".join(f"{item.size} {item.colour} {item.shape} {item.place}" for item in objects)
 
 
 def exchanged(a: Object, b: Object, kind: str) -> Iterator[str]:
@@ -106,15 +106,16 @@ def replaced(a: Object, b: Object, kind: str) -> Iterator[str]:
 
 def attributes(encoder: Encoder, images: Tensor, held_out: Sequence[HeldOut]) -> str:
     """In how many cases the true caption of a scene of two objects scores above the false, by kind, in two lines."""
-    pairs = [(number, *held.scene.objects) for number, held in enumerate(held_out) if len(held.scene.objects) == 2]
-    true = (encoder.texts([caption(a, b) for _, a, b in pairs]) * images[[number for number, *_ in pairs]]).sum(1)
+    numbers = [number for number, held in enumerate(held_out) if len(held.scene.objects) == 2]
+    images, pairs = images[numbers], [held_out[number].scene.objects for number in numbers]
+    true = (encoder.texts([caption(*pair) for pair in pairs]) * images).sum(1)
     lines = []
     for false in (exchanged, replaced):
         shares = []
         for kind in WORDS:
-            found = [(i, text) for i, (_, a, b) in enumerate(pairs) for text in false(a, b, kind)]
-            rows = [i for i, _ in found]
-            scores = (encoder.texts([text for _, text in found]) * images[[pairs[i][0] for i in rows]]).sum(1)
+            found = [(row, text) for row, (a, b) in enumerate(pairs) for text in false(a, b, kind)]
+            rows = [row for row, _ in found]
+            scores = (encoder.texts([text for _, text in found]) * images[rows]).sum(1)
             shares.append(f"{kind} {(true[rows] > scores).float().mean():.1%}")
         lines.append(f"the caption above the one with it {false.__name__}: {', '.join(shares)}")
     return "\n".join(lines)
@@ -141,12 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     images, asked = encoder.images(scenes), questions(held_out)
     print(report(encoder.texts([question.sentence for question in asked]) @ images.T, asked, held_out))
-    scores = encoder.texts([SENTENCE])[0] @ images.T
     print(attributes(encoder, images, held_out))
     print(f"{SENTENCE}:")
+    scores = encoder.texts([SENTENCE])[0] @ images.T
     for number in scores.argsort(descending=True)[:5].tolist():
-        shown = "; ".join(f"{x.size} {x.colour} {x.shape} {x.place}" for x in held_out[number].scene.objects)
-        print(f"  {scores[number]:.3f}  {shown}")
+        print(f"  {scores[number]:.3f}  {caption(*held_out[number].scene.objects)}")
     return 0
 
 

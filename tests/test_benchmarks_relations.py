@@ -1,7 +1,10 @@
 """What `benchmarks.relations` asks and counts."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import relations
 from fastclip.data.demo.scenes import Object, held_out_scenes
@@ -42,3 +45,18 @@ def test_captions_with_one_thing_exchanged_or_replaced() -> None:
     assert list(relations.exchanged(a, b, "shape")) == []
     assert list(relations.replaced(a, b, "size")) == ["medium red circle top, large blue circle left"]
     assert [len(list(relations.replaced(a, b, kind))) for kind in relations.WORDS] == [1, 6, 7, 7]
+
+
+def test_who_knows_the_words_alone_is_told_by_what_is_exchanged() -> None:
+    words = {part for kind in relations.WORDS.values() for word in kind for part in word.split()}
+
+    class BagOfWords:
+        def texts(self, texts: list[str]) -> Tensor:
+            parts = [text.replace(",", "").split() for text in texts]
+            return torch.tensor([[float(found.count(word)) for word in words] for found in parts])
+
+    encoder: Any = BagOfWords()
+    images = encoder.texts([relations.caption(*held.scene.objects) for held in HELD_OUT])
+    exchanged, replaced = relations.attributes(encoder, images, HELD_OUT).splitlines()
+    assert exchanged.endswith("size 0.0%, colour 0.0%, shape 0.0%, place 0.0%")
+    assert "size 100.0%, colour 100.0%, shape 100.0%" in replaced
