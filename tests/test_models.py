@@ -18,7 +18,8 @@ from fastclip.ops.attention import pack_text
 
 STEM = replace(VIT, vision=replace(VIT.vision, conv_stem=(8, 16)))
 AVERAGE = replace(VIT, vision=replace(VIT.vision, pool_type="avg"))
-TOWERS = {"vit": VIT, "stem": STEM, "average": AVERAGE, "resnet": RESNET}
+FLATTENED = replace(VIT, vision=replace(VIT.vision, pool_type="flatten"))
+TOWERS = {"vit": VIT, "stem": STEM, "average": AVERAGE, "flattened": FLATTENED, "resnet": RESNET}
 
 
 @pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
@@ -34,6 +35,18 @@ def test_forward_returns_unit_features_and_the_scale(config: CLIPConfig) -> None
     torch.testing.assert_close(model.encode_text(text, normalize=True), text_features)
     raw = model.encode_text(text)
     torch.testing.assert_close(raw / raw.norm(dim=1, keepdim=True), text_features)
+
+
+def test_flattened_tokens_have_a_projection_each() -> None:
+    visual = CLIP(FLATTENED).visual
+    image = images(FLATTENED)
+    tokens = visual.ln_post(visual.transformer(visual.ln_pre(visual._tokens(image))))
+    projections = visual.proj.unflatten(0, (9, 32))
+    expected = sum(tokens[:, n] @ projections[n] for n in range(9)) / 3
+    torch.testing.assert_close(visual(image), expected)
+    assert not hasattr(visual, "class_embedding")
+    with pytest.raises(ValueError, match='patch_dropout must be 0 with pool_type "flatten"'):
+        replace(FLATTENED.vision, patch_dropout=0.5)
 
 
 def test_an_absent_input_is_none_in_the_tuple_and_left_out_of_the_dict() -> None:

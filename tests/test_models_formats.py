@@ -203,6 +203,7 @@ def test_the_names_of_transformers(tmp_path: Path) -> None:
         ("hf", CLIPA, "LayerScale"),
         ("hf", replace(VIT, vision=replace(VIT.vision, conv_stem=(8, 8))), "conv_stem"),
         ("hf", replace(VIT, vision=replace(VIT.vision, pool_type="avg")), "average pooling"),
+        ("hf", replace(VIT, vision=replace(VIT.vision, pool_type="flatten")), "every patch token"),
         ("hf", replace(VIT, text=replace(VIT.text, no_causal_mask=True)), "causal"),
         ("hf", replace(SIGLIP, text=replace(SIGLIP.text, proj_bias=False)), "only beside another"),
         ("openai", VIT, "QuickGELU"),

@@ -32,7 +32,8 @@ class VisionConfig:
     """Pixels along the edge of a patch; not used by a ModifiedResNet."""
     pool_type: str = "tok"
     """"tok": the class token; "avg": the mean of the patch tokens; "map": SigLIP's attention with one learned query,
-    without class token and ln_pre."""
+    without class token and ln_pre; "flatten": all patch tokens, each with a projection of its own,
+    without class token."""
     patch_dropout: float = 0.0
     """Share of patch tokens left out of each training image (FLIP, Li et al. 2023)."""
     ls_init_value: float | None = None
@@ -76,7 +77,7 @@ class VisionConfig:
         object.__setattr__(self, "conv_stem", tuple(self.conv_stem))
         if not 0.0 <= self.patch_dropout < 1.0:
             raise ValueError(f"patch_dropout must be in [0, 1), was {self.patch_dropout}")
-        check_choice("pool_type", self.pool_type, ("tok", "avg", "map"))
+        check_choice("pool_type", self.pool_type, ("tok", "avg", "map", "flatten"))
         check_choice("timm_proj", self.timm_proj, ("linear", "mlp", "none", ""))
         if self.is_wrapped:
             return
@@ -95,6 +96,8 @@ class VisionConfig:
             raise ValueError(f"image_size must be at least patch_size ({self.patch_size}), was {self.image_size}")
         if self.attentional_pool and self.pool_type != "tok":
             raise ValueError(f'pool_type must be "tok" with attentional_pool, was {self.pool_type!r}')
+        if self.patch_dropout and self.pool_type == "flatten":
+            raise ValueError('patch_dropout must be 0 with pool_type "flatten", which has a weight for every patch')
         if self.patch_size % 2 ** len(self.conv_stem):
             raise ValueError(
                 f"patch_size must be a multiple of {2 ** len(self.conv_stem)}, the stride of conv_stem "

@@ -136,6 +136,8 @@ def why_not(config: CLIPConfig, layout: str) -> str | None:
         return "it has a conv_stem"
     if vision.ls_init_value is not None or text.ls_init_value is not None:
         return "it has LayerScale (ls_init_value)"
+    if vision.pool_type == "flatten":
+        return 'it projects every patch token by itself (pool_type "flatten")'
     if vision.pool_type == "avg" or vision.no_ln_pre:
         return 'it has average pooling or no ln_pre (pool_type "avg", no_ln_pre)'
     if layout == "openai":

@@ -23,8 +23,10 @@ def debug() -> CLIPConfig:
 
 def demo() -> CLIPConfig:
     """The model of `make demo`: small enough to learn the embedded data set in minutes on two cores."""
-    vision = VisionConfig(image_size=64, patch_size=16, layers=4, width=256, head_width=64, conv_stem=(32, 64, 128))
-    text = TextConfig(context_length=32, vocab_size=1024, width=256, heads=4, layers=4)
+    vision = VisionConfig(
+        image_size=64, patch_size=16, layers=4, width=256, head_width=64, conv_stem=(32, 64, 128), pool_type="flatten"
+    )
+    text = TextConfig(context_length=32, vocab_size=1024, width=256, heads=4, layers=2)
     return CLIPConfig(embed_dim=256, vision=vision, text=text)
 
 

@@ -86,7 +86,8 @@ class VisionTransformer(nn.Module):
     """Images to features: patches, class token, positions, ln_pre, blocks, ln_post, projection.
 
     With pool_type "tok" the last block and ln_post run on the class token alone, which is exact; with an attentional
-    pool behind the blocks they run on all. With "map" there is no class token, no ln_pre and no projection.
+    pool behind the blocks they run on all. With "map" there is no class token, no ln_pre and no projection; with
+    "flatten" no class token, and a projection of its own for each of the N patches, summed and divided by sqrt(N).
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int, act: str = "gelu") -> None:
@@ -94,7 +95,7 @@ class VisionTransformer(nn.Module):
         assert isinstance(config.layers, int)
         self.config = config
         width, scale, heads = config.width, config.width**-0.5, config.width // config.head_width
-        self.has_class_token = config.pool_type != "map"
+        self.has_class_token = config.pool_type not in ("map", "flatten")
         if config.conv_stem:
             self.conv_stem = ConvStem(config.conv_stem)
         stride = 2 ** len(config.conv_stem)
@@ -103,7 +104,7 @@ class VisionTransformer(nn.Module):
         if self.has_class_token:
             self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(config.grid**2 + self.has_class_token, width))
-        has_ln_pre = self.has_class_token and not config.no_ln_pre
+        has_ln_pre = config.pool_type != "map" and not config.no_ln_pre
         self.ln_pre = LayerNorm(width, config.norm_eps) if has_ln_pre else nn.Identity()
         self.transformer = Transformer(
             width, config.layers, heads, config.mlp_ratio, act, config.norm_eps, config.ls_init_value
@@ -114,7 +115,9 @@ class VisionTransformer(nn.Module):
             queries = config.attn_pooler_queries
             self.attn_pool = AttentionalPooler(embed_dim, config.attn_pooler_heads, width, queries, config.norm_eps)
         self.ln_post = LayerNorm(pooled, config.norm_eps)
-        if self.has_class_token:
+        if config.pool_type == "flatten":
+            self.proj = nn.Parameter(scale * torch.randn(config.grid**2 * pooled, embed_dim))
+        elif self.has_class_token:
             self.proj = nn.Parameter(scale * torch.randn(pooled, embed_dim))
         else:
             self.attn_pool = LatentPool(width, heads, config.mlp_ratio, act, config.norm_eps)
@@ -137,6 +140,8 @@ class VisionTransformer(nn.Module):
             class_rows = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
             return self.ln_post(self.transformer(x, pool_rows=class_rows)) @ self.proj
         x = self.transformer(x)
+        if self.config.pool_type == "flatten":
+            return (self.ln_post(x) / self.config.grid).flatten(1) @ self.proj
         if not self.has_class_token:
             return self.attn_pool(self.ln_post(x))
         if self.config.final_ln_after_pool:

@@ -15,14 +15,15 @@ def demo() -> TrainConfig:
     """`make demo`: the embedded data set on two CPU cores in minutes. Figures in docs/demo.md."""
     return TrainConfig(
         model="demo",
-        global_batch=512,
-        chunk_size=128,
+        global_batch=256,
+        chunk_size=64,
         steps=100_000,
         minutes=5.0,
         optimizer="muon",
         lr=1e-3,
-        muon_lr=0.02,
+        muon_lr=0.015,
         warmup=40,
+        schedule="wsd",
         hard_negatives=True,
         zero_stage=2,
         log_every=5,
