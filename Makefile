@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 DEMO_DATA ?= data/demo
 DEMO_RUN ?= runs/demo
-DEMO_MINUTES ?= 5.5
+DEMO_MINUTES ?= 5
 LAB_OUT ?= build/lab
 LAB_SECONDS ?= 540
 TEST_WORKERS ?= 2
@@ -23,8 +23,7 @@ BENCH_SECONDS ?= 820
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# What is imported is compiled when it is: most files of the packages never are.
-PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-long test-all lint docs bench lab build env clean
 
