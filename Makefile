@@ -23,8 +23,7 @@ BENCH_SECONDS ?= 820
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/build/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# Most of the packages' files are never imported, and those that are get compiled then.
-PIP = $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-long test-all lint docs bench lab build env clean
 
